@@ -1,0 +1,100 @@
+"""Emit the C++ that instantiates the kernel templates for a code. Numbers only: the algorithms stay in csrc/.
+
+Standard library only: CMake runs this before anything is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+
+from ..format import CODEBOOKS, INTEGERS, Format
+
+# What each instruction set's sources are compiled with; the file of the same name in csrc/qft/cpu/isa supplies its vectors.
+ISA_FLAGS: dict[str, tuple[str, ...]] = {
+    "scalar": (),
+    "avx2": ("-mavx2", "-mfma", "-mf16c", "-mbmi2"),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mbmi2", "-mprefer-vector-width=512"),
+}
+# Contraction is off so that each product rounds where the reference rounds it; fused steps are spelled in the kernels.
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-exceptions", "-fPIC", "-fopenmp", "-fvisibility=hidden")
+
+GENERIC_BITS = (1, 2, 3, 4)  # widths of codebooks read at run time
+
+
+def generic_code(fmt: Format) -> str:
+    """Name of the kernels that run `fmt`'s codebook without having been compiled for it."""
+    return f"levels{fmt.bits}"
+
+
+def symbol(code: str) -> str:
+    """A C++ identifier for a code: its name, or a hash of its levels."""
+    return code if code.isidentifier() else "levels_" + hashlib.sha256(code.encode()).hexdigest()[:16]
+
+
+def emit(code: str) -> str:
+    """C++ source of the kernels of one code: a name of `CODEBOOKS` or `INTEGERS`, levels in brackets, or `levelsN`."""
+    name = symbol(code)
+    if code in INTEGERS:
+        body = f"struct {name} : Integer<{INTEGERS[code]}> {{"
+    elif code in (f"levels{bits}" for bits in GENERIC_BITS):
+        body = f"struct {name} : AnyCodebook<{code.removeprefix('levels')}> {{"
+    else:
+        fmt = Format(code, 64)
+        values = ", ".join(_hex_float(level) for level in fmt.levels)
+        body = (
+            f"struct {name} : CompiledCodebook<{name}> {{\n"
+            f"  static constexpr int bits = {fmt.bits}, count = {len(fmt.levels)};\n"
+            f"  static constexpr float values[count] = {{{values}}};"
+        )
+    return f"""// Emitted by qft.compiler for {code}; edit csrc/qft/cpu, not this.
+#include "qft/cpu/verbs.h"
+#include "qft/cpu/formats.h"
+
+namespace qft::QFT_ISA {{
+{body}
+  static constexpr const char* name = "{code}";
+}};
+extern const Kernels {name}_kernels;
+const Kernels {name}_kernels = kernels_of<{name}>(QFT_STRING(QFT_ISA));
+}}  // namespace qft::QFT_ISA
+"""
+
+
+def emit_loadable(code: str) -> str:
+    """`emit`, with the one exported function by which a shared library hands over its kernels."""
+    return emit(code) + (
+        f'extern "C" __attribute__((visibility("default"))) const qft::Kernels* qft_kernels() {{\n'
+        f"  return &qft::QFT_ISA::{symbol(code)}_kernels;\n}}\n"
+    )
+
+
+def emit_registry(tables: list[tuple[str, str]]) -> str:
+    """C++ source of the list of the kernel tables `(code, isa)` that were built in."""
+    declared = "\n".join(f"namespace qft::{isa} {{ extern const Kernels {symbol(code)}_kernels; }}" for code, isa in tables)
+    listed = ",\n".join(f"  &qft::{isa}::{symbol(code)}_kernels" for code, isa in tables)
+    return f"""// Emitted by qft.compiler.
+#include "qft/launch.h"
+
+{declared}
+
+namespace qft {{
+extern const Kernels* const kBuiltKernels[];
+extern const int kBuiltKernelCount;
+const Kernels* const kBuiltKernels[] = {{
+{listed}
+}};
+const int kBuiltKernelCount = {len(tables)};
+}}  // namespace qft
+"""
+
+
+def built_codes(isa: str) -> list[str]:
+    """The codes compiled ahead of time for an instruction set; codebooks read at run time only need the plainest."""
+    generic = [f"levels{bits}" for bits in GENERIC_BITS] if isa == "scalar" else []
+    return [*CODEBOOKS, *INTEGERS, *generic]
+
+
+def _hex_float(value: float) -> str:
+    exact = struct.unpack("<f", struct.pack("<f", value))[0].hex()
+    return f"{exact}f"

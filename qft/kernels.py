@@ -1,0 +1,331 @@
+"""The table that picks a kernel for each verb and says why the others were passed over.
+
+A row of `TABLE` is one way to run some verbs. `choose` takes the first row that can run a problem and is not known to be
+slower than a later one; naming a row in a call skips the second question. There is no other `if device` in the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import native, reference
+from .compiler.emit import ISA_FLAGS, generic_code
+from .compiler.jit import CompilerMissing, build
+from .format import CODEBOOKS, INTEGERS, Format
+from .notices import say_once
+
+if TYPE_CHECKING:
+    from .tensor import QuantTensor
+
+VERBS = ("quantize", "dequantize", "matmul", "matmul_t", "scale_grad")
+
+# Bytes of dense weights a panel product holds at a time, reused from panel to panel: small enough to stay in a
+# last-level cache share, large enough that torch.mm runs at its full rate (measured flat from 2 to 16 MiB at 512 rows).
+PANEL_BYTES = 4 << 20
+
+# Above this many rows a panel product beats the row kernels (measured, 4096 x 4096, nf4 g64, 4 cores with AVX-512).
+PANEL_ROWS = {torch.float32: 16, torch.bfloat16: 8, torch.float16: 32}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a kernel is asked: one verb on one weight."""
+
+    verb: str
+    fmt: Format
+    device: str
+    dtype: torch.dtype
+    rows: int = 0  # rows of x or dy; 0 for verbs without
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One row of the table. `cannot` and `slower` return why not, or None."""
+
+    name: str
+    verbs: tuple[str, ...]
+    cannot: Callable[[Problem], str | None]
+    slower: Callable[[Problem], str | None] = field(default=lambda problem: None)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel taken, and why each row before it was passed over."""
+
+    kernel: Kernel
+    passed_over: tuple[tuple[str, str], ...]
+
+
+def _not_on_cpu(problem: Problem) -> str | None:
+    if problem.device != "cpu":
+        return f"the weight is on {problem.device}, this kernel runs on the CPU"
+    if problem.dtype not in native.DTYPES:
+        return f"it takes float32, bfloat16 or float16, not {problem.dtype}"
+    return None
+
+
+def _without(isa: str) -> Callable[[Problem], str | None]:
+    def cannot(problem: Problem) -> str | None:
+        if isa not in native.instruction_sets():
+            return f"this machine has no {isa}"
+        if reason := _not_on_cpu(problem):
+            return reason
+        return None if _compiled(problem.fmt, isa) else f"no compiled kernels for {problem.fmt.code}: no C++ compiler was found"
+
+    return cannot
+
+
+def _many_rows(problem: Problem) -> str | None:
+    limit = PANEL_ROWS.get(problem.dtype, 0)
+    if problem.verb not in ("matmul", "matmul_t") or problem.rows <= limit or _no_thread_pool():
+        return None
+    return f"{problem.rows} rows: above {limit} a panel product is faster"
+
+
+def _few_rows(problem: Problem) -> str | None:
+    limit = PANEL_ROWS.get(problem.dtype, 0)
+    if problem.verb == "scale_grad" or problem.rows > limit:
+        return None
+    return f"{problem.rows} rows: up to {limit} the row kernels are faster"
+
+
+def _no_thread_pool() -> bool:
+    return native.forked() and torch.get_num_threads() > 1
+
+
+def _no_panel(problem: Problem) -> str | None:
+    if reason := _not_on_cpu(problem):
+        return reason
+    if _no_thread_pool():
+        return "torch's threads do not survive fork; torch.set_num_threads(1) in the child allows panel products"
+    return None
+
+
+def _built_in(problem: Problem) -> str | None:
+    if reason := _not_on_cpu(problem):
+        return reason
+    return f"{problem.fmt.code} has kernels of its own" if _is_built(problem.fmt) else None
+
+
+def _is_built(fmt: Format) -> bool:
+    return fmt.code in CODEBOOKS or fmt.code in INTEGERS
+
+
+def _compiled(fmt: Format, isa: str) -> bool:
+    """Whether kernels for the format's code exist on `isa`; levels of the user's own are compiled at first need."""
+    if (fmt.code, isa) in native.tables():
+        return True
+    if _is_built(fmt):
+        return False
+    try:
+        compile(fmt)
+    except CompilerMissing as missing:
+        say_once(f"{fmt.code} runs on the generic kernel, which is slower: {missing}")
+        return False
+    return (fmt.code, isa) in native.tables()
+
+
+def compile(fmt: Format | str) -> list[str]:
+    """Build the kernels of a format for every instruction set of this machine; returns the instruction sets.
+
+    Formats of named codes come compiled. Levels of the user's own are built with the system's C++ compiler (`c++`, `g++`
+    or `clang++` on the path) the first time they are used, or by this call, and cached by content under `QFT_CACHE`
+    (`~/.cache/qft` where that is unset).
+
+    Raises:
+        FormatError: `fmt` spells no format.
+        OSError: no C++ compiler was found, or it failed.
+    """
+    fmt = Format.parse(fmt)
+    wanted = [isa for isa in native.instruction_sets() if (fmt.code, isa) not in native.tables()]
+    if wanted and not _is_built(fmt):
+        for library in build(fmt.code, wanted):
+            native.load(str(library))
+    return [isa for isa in native.instruction_sets() if (fmt.code, isa) in native.tables()]
+
+
+def _row_kernel(isa: str) -> Kernel:
+    verbs = VERBS[:4]
+    return Kernel(isa, verbs, _without(isa), _many_rows)
+
+
+TABLE: tuple[Kernel, ...] = (
+    *(_row_kernel(isa) for isa in reversed([isa for isa in ISA_FLAGS if isa != "scalar"])),
+    Kernel("panel", ("matmul", "matmul_t", "scale_grad"), _no_panel, _few_rows),
+    _row_kernel("scalar"),
+    Kernel("generic", VERBS[:4], _built_in, _many_rows),
+    Kernel("reference", VERBS, lambda problem: None),
+)
+
+
+def choose(problem: Problem, name: str | None = None) -> Choice:
+    """The kernel for a problem: the first row that serves, or the one named.
+
+    Raises:
+        ValueError: `name` is no row of the table, or that row cannot run the problem.
+    """
+    passed_over: list[tuple[str, str]] = []
+    for kernel in TABLE:
+        if problem.verb not in kernel.verbs or name not in (None, kernel.name):
+            continue
+        reason = kernel.cannot(problem) or (kernel.slower(problem) if name is None else None)
+        if reason is None:
+            return Choice(kernel, tuple(passed_over))
+        passed_over.append((kernel.name, reason))
+    if passed_over:
+        raise ValueError(f"kernel {name!r} cannot run {problem.verb} for {problem.fmt}: {passed_over[-1][1]}")
+    names = ", ".join(kernel.name for kernel in TABLE if problem.verb in kernel.verbs)
+    raise ValueError(f"there is no kernel {name!r} for {problem.verb}; use one of {names}")
+
+
+def _select(verb: str, q: QuantTensor, dtype: torch.dtype, rows: int = 0, name: str | None = None) -> str:
+    kernel = choose(Problem(verb, q.format, q.weight.device.type, dtype, rows), name).kernel.name
+    if kernel == "reference" and name is None:
+        say_once(f"{verb} of {q.format} on {q.weight.device.type} in {dtype} uses the reference: no compiled kernel takes it")
+    return kernel
+
+
+def _table_of(fmt: Format, kernel: str) -> tuple[str, str]:
+    """(code, instruction set) of a compiled kernel by its row's name."""
+    return (generic_code(fmt), "scalar") if kernel == "generic" else (fmt.code, kernel)
+
+
+def quantize(weight: Tensor, fmt: Format, kernel: str | None = None) -> tuple[Tensor, Tensor, Tensor | None, int]:
+    """Packed codes, scales and zeros as stored (fp32 scales under dq), and the flat index of the first non-finite weight or -1."""
+    name = choose(Problem("quantize", fmt, weight.device.type, weight.dtype), kernel).kernel.name
+    if name != "reference":
+        return native.quantize(weight.contiguous(), fmt, *_table_of(fmt, name))
+    finite = weight.isfinite().flatten()
+    if not finite.all():
+        bad = int((~finite).nonzero()[0, 0])
+        return weight.new_empty(0), weight.new_empty(0), None, bad
+    codes, scales, zeros = reference.quantize(weight, fmt)
+    scale_dtype = torch.float32 if fmt.scale == "dq" else reference.TORCH_DTYPE[fmt.scale]
+    zeros = None if zeros is None else zeros.to(reference.TORCH_DTYPE[native.ZERO_DTYPE[fmt.scale]])
+    return reference.pack(codes, fmt), scales.to(scale_dtype), zeros, -1
+
+
+def dequantize(q: QuantTensor, dtype: torch.dtype = torch.float32, kernel: str | None = None) -> Tensor:
+    """Dense weight `[out, in]`: fp32 level x scale, rounded once to `dtype`."""
+    name = _select("dequantize", q, dtype, name=kernel)
+    if name == "reference":
+        return reference.dequantize(q.unpack(), q.scales, q.zeros, q.format, dtype)
+    out = torch.empty(q.shape, dtype=dtype)
+    native.dequantize(q, out, (0, q.shape[0]), (0, q.shape[1]), *_table_of(q.format, name))
+    return out
+
+
+def matmul(x: Tensor, q: QuantTensor, kernel: str | None = None) -> Tensor:
+    """y = x Wt: `[rows, out]` in x's dtype, for x `[rows, in]`."""
+    name = _select("matmul", q, x.dtype, x.shape[0], kernel)
+    if name == "reference":
+        return reference.matmul(x, dequantize(q, x.dtype, "reference"))
+    if name == "panel":
+        return _panel_matmul(x.contiguous(), q)
+    return native.matmul(x.contiguous(), q, *_table_of(q.format, name))
+
+
+def matmul_t(dy: Tensor, q: QuantTensor, kernel: str | None = None) -> Tensor:
+    """dx = dy W: `[rows, in]` in dy's dtype, for dy `[rows, out]`."""
+    name = _select("matmul_t", q, dy.dtype, dy.shape[0], kernel)
+    if name == "reference":
+        return reference.matmul_t(dy, dequantize(q, dy.dtype, "reference"))
+    if name == "panel":
+        return _panel_matmul_t(dy.contiguous(), q)
+    return native.matmul_t(dy.contiguous(), q, *_table_of(q.format, name))
+
+
+def scale_grad(dy: Tensor, x: Tensor, q: QuantTensor, kernel: str | None = None) -> Tensor:
+    """Gradient of the scales, fp32 `[out, groups]`, for dy `[rows, out]` and x `[rows, in]`; dW exists a panel at a time."""
+    name = _select("scale_grad", q, x.dtype, x.shape[0], kernel)
+    if name == "reference":
+        return reference.scale_grad(dy, x, q.unpack(), q.zeros, q.format)
+    return _panel_scale_grad(dy.contiguous(), x.contiguous(), q)
+
+
+def _elementwise(q: QuantTensor) -> tuple[str, str]:
+    """The kernel that fills panels: the one dequantize would take."""
+    return _table_of(q.format, choose(Problem("dequantize", q.format, "cpu", torch.float32)).kernel.name)
+
+
+def _panels(total: int, bytes_each: int, multiple: int) -> list[tuple[int, int]]:
+    """Cut `total` rows or columns of `bytes_each` bytes into panels of at most PANEL_BYTES, in multiples of `multiple`."""
+    size = max(multiple, PANEL_BYTES // max(1, bytes_each) // multiple * multiple)
+    return [(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """torch.mm multiplies fp16 on a CPU up to a hundred times slower than fp32: fp16 goes through fp32 panels."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _row_chunks(rows: int, width: int) -> list[tuple[int, int]]:
+    """Rows of an fp16 operand converted to fp32 at a time."""
+    return _panels(rows, 4 * width, 16)
+
+
+def _panel_matmul(x: Tensor, q: QuantTensor) -> Tensor:
+    out, in_features = q.shape
+    dtype = _product_dtype(x.dtype)
+    y = torch.empty(x.shape[0], out, dtype=x.dtype)
+    panels = _panels(out, in_features * dtype.itemsize, 16)
+    scratch = torch.empty(panels[0][1], in_features, dtype=dtype)
+    table = _elementwise(q)
+    for first, last in panels:
+        panel = scratch[: last - first]
+        native.dequantize(q, panel, (first, last), (0, in_features), *table)
+        if dtype == x.dtype:
+            torch.mm(x, panel.T, out=y[:, first:last])
+        else:
+            for top, bottom in _row_chunks(x.shape[0], in_features):
+                y[top:bottom, first:last] = x[top:bottom].to(dtype) @ panel.T
+    return y
+
+
+def _panel_matmul_t(dy: Tensor, q: QuantTensor) -> Tensor:
+    out, in_features = q.shape
+    dtype = _product_dtype(dy.dtype)
+    dx = torch.empty(dy.shape[0], in_features, dtype=dy.dtype)
+    panels = _panels(in_features, out * dtype.itemsize, native.BLOCK)
+    scratch = torch.empty(out * panels[0][1], dtype=dtype)
+    table = _elementwise(q)
+    for first, last in panels:
+        panel = scratch[: out * (last - first)].view(out, last - first)
+        native.dequantize(q, panel, (0, out), (first, last), *table)
+        if dtype == dy.dtype:
+            torch.mm(dy, panel, out=dx[:, first:last])
+        else:
+            for top, bottom in _row_chunks(dy.shape[0], out):
+                dx[top:bottom, first:last] = dy[top:bottom].to(dtype) @ panel
+    return dx
+
+
+def _panel_scale_grad(dy: Tensor, x: Tensor, q: QuantTensor) -> Tensor:
+    out, in_features = q.shape
+    dtype = _product_dtype(x.dtype)
+    ds = torch.empty(out, q.format.groups(in_features), dtype=torch.float32)
+    panels = _panels(out, in_features * dtype.itemsize, 16)
+    scratch = torch.empty(panels[0][1], in_features, dtype=dtype)
+    table = _elementwise(q)
+    for first, last in panels:
+        dw = scratch[: last - first]
+        if dtype == x.dtype:
+            torch.mm(dy[:, first:last].T, x, out=dw)
+        else:
+            dw.zero_()
+            for top, bottom in _row_chunks(x.shape[0], in_features):
+                dw.addmm_(dy[top:bottom, first:last].T.to(dtype), x[top:bottom].to(dtype))
+        native.scale_grad(dw, q, (first, last), ds[first:last], *table)
+    return ds
+
+
+def explain(fmt: Format | str, out_features: int, in_features: int, rows: int = 1, dtype: torch.dtype = torch.bfloat16,
+            device: str = "cpu") -> dict[str, Choice]:  # fmt: skip
+    """Per verb, the kernel this machine takes for a layer of this shape and why each row before it was passed over."""
+    fmt = Format.parse(fmt)
+    return {verb: choose(Problem(verb, fmt, device, dtype, rows if verb in VERBS[2:] else 0)) for verb in VERBS}

@@ -1,0 +1,14 @@
+"""Things said once: a slow path taken, memory spent for a reason the user may not know."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+
+log = logging.getLogger("qft")
+
+
+@lru_cache(maxsize=None)
+def say_once(message: str) -> None:
+    """Log `message` as a warning the first time it is said in this process."""
+    log.warning(message)

@@ -1,0 +1,149 @@
+"""The verbs in obvious torch: what "correct" means. Never optimised, any device, any floating dtype.
+
+Codes are held one per byte here, `[out, in]`; `pack` and `unpack` translate to the stored bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .format import Format
+
+TORCH_DTYPE = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it a reciprocal is not finite: such a group is a group of zeros
+
+
+def per_weight(values: Tensor, fmt: Format, in_features: int) -> Tensor:
+    """Spread `[out, groups]` over the weights of each group: `[out, in_features]`."""
+    return values.repeat_interleave(fmt.group_size(in_features), dim=1)[:, :in_features] if fmt.group else values.expand(-1, in_features)
+
+
+def quantize(weight: Tensor, fmt: Format) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, scales and zero points of a dense matrix.
+
+    Args:
+        weight: `[out, in]`, finite, any floating dtype.
+
+    Returns:
+        codes uint8 `[out, in]`; scales fp32 `[out, groups]`, rounded to the format's scale dtype except under dq, whose
+        second quantization comes after; zero points fp32 `[out, groups]`, or None for symmetric formats.
+
+    Codebooks: the group's extreme lands on the level of largest magnitude, other weights on the nearest level, ties on
+    the lower one (QLoRA, section 3; bitsandbytes' tree). Integers round half to even; asymmetric ones follow
+    s = (max - min) / (2^b - 1), z = round(-min / s) with min <= 0 <= max (PEQA, section 3).
+    """
+    out, in_features = weight.shape
+    groups, size = fmt.groups(in_features), fmt.group_size(in_features)
+    padded = torch.nn.functional.pad(weight.float(), (0, groups * size - in_features)).view(out, groups, size)
+    low, high = padded.amin(2).clamp(max=0), padded.amax(2).clamp(min=0)
+    levels = torch.tensor(fmt.levels, dtype=torch.float32, device=weight.device)
+    top = len(fmt.levels) - 1
+    if fmt.zero:
+        scales = (high - low) / top
+    else:
+        anchor = levels[levels.abs().argmax()]
+        mirrored = bool((levels == -anchor).any())
+        extreme = torch.where(high > -low, high, low)
+        scales = extreme.abs() / anchor.abs() if mirrored else extreme / anchor
+    if fmt.scale != "dq":
+        scales = scales.to(TORCH_DTYPE[fmt.scale]).float()
+    empty = scales.abs() < SMALLEST_SCALE
+    scales = torch.where(empty, 0, scales)
+    inverse = torch.where(empty, 0, 1 / scales)
+    scaled = padded * inverse[..., None]
+
+    zeros = (-low * inverse).round().clamp(0, top) if fmt.zero else None
+    if zeros is not None:
+        codes = (scaled.round() + zeros[..., None]).clamp(0, top)
+    elif fmt.is_integer:
+        codes = scaled.round().clamp(levels[0], levels[-1]) - levels[0]
+    else:
+        ordered, code_of_rank = _ranked(levels)
+        codes = code_of_rank[torch.bucketize(scaled, (ordered[:-1] + ordered[1:]) / 2)]
+    return codes.to(torch.uint8).view(out, -1)[:, :in_features], scales, zeros
+
+
+def _ranked(levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct levels in ascending order and the first code of each."""
+    ordered = levels.unique()
+    return ordered, torch.stack([(levels == level).nonzero()[0, 0] for level in ordered])
+
+
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, fmt: Format, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Weights `[out, in]` from codes `[out, in]`, scales and zero points `[out, groups]`: fp32 level x scale, rounded once."""
+    in_features = codes.shape[1]
+    level = torch.tensor(fmt.levels, dtype=torch.float32, device=codes.device)[codes.long()]
+    if zeros is not None:
+        level = level - per_weight(zeros.float(), fmt, in_features)
+    return (level * per_weight(scales.float(), fmt, in_features)).to(dtype)
+
+
+def matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """y = x Wt for x `[rows, in]` and a dequantized weight `[out, in]`, in x's dtype."""
+    return x @ weight.to(x.dtype).T
+
+
+def matmul_t(dy: Tensor, weight: Tensor) -> Tensor:
+    """dx = dy W for dy `[rows, out]` and a dequantized weight `[out, in]`, in dy's dtype."""
+    return dy @ weight.to(dy.dtype)
+
+
+def scale_grad(dy: Tensor, x: Tensor, codes: Tensor, zeros: Tensor | None, fmt: Format) -> Tensor:
+    """Gradient of the scales, fp32 `[out, groups]`: the weight gradient times its level, summed over each group.
+
+    PEQA (section 3): dL/ds = sum over the group of dL/dW * (level - zero).
+    """
+    ones = torch.ones(codes.shape[0], fmt.groups(codes.shape[1]), device=codes.device)
+    product = (dy.float().T @ x.float()) * dequantize(codes, ones, zeros, fmt)
+    return _sum_groups(product, fmt)
+
+
+def zero_grad(dy: Tensor, x: Tensor, scales: Tensor, fmt: Format) -> Tensor:
+    """Gradient of the zero points, fp32 `[out, groups]`: minus the scale times the weight gradient summed over each group."""
+    return -scales.float() * (dy.float().T @ _sum_groups(x.float(), fmt))
+
+
+def _sum_groups(values: Tensor, fmt: Format) -> Tensor:
+    rows, in_features = values.shape
+    size, groups = fmt.group_size(in_features), fmt.groups(in_features)
+    return torch.nn.functional.pad(values, (0, groups * size - in_features)).view(rows, groups, size).sum(2)
+
+
+def pack(codes: Tensor, fmt: Format) -> Tensor:
+    """Codes uint8 `[out, in]` -> stored bytes uint8 `[out, row_bytes]`, first code in the lowest bits, padding 0."""
+    out, in_features = codes.shape
+    bits = _bits(torch.nn.functional.pad(codes, (0, -in_features % 32)), fmt.bits).unflatten(1, (-1, 32))
+    if fmt.bits == 3:
+        # three words of eight nibbles; a word's spare bits are one bit plane of the eight codes 24 places on
+        words, planes = bits[:, :, :24].unflatten(2, (3, 8)), bits[:, :, 24:].transpose(2, 3)
+        bits = torch.cat([words, planes[..., None]], -1)
+    stream = _fit(bits.reshape(out, -1), fmt.row_bytes(in_features) * 8)
+    return _number(stream.unflatten(1, (-1, 8)))
+
+
+def unpack(packed: Tensor, fmt: Format, in_features: int) -> Tensor:
+    """Stored bytes uint8 `[out, row_bytes]` -> codes uint8 `[out, in_features]`."""
+    blocks = -(-in_features // 32)
+    stream = _fit(_bits(packed, 8).flatten(1), blocks * 32 * fmt.bits)
+    if fmt.bits == 3:
+        nibbles = stream.unflatten(1, (blocks, 3, 8, 4))
+        bits = torch.cat([nibbles[..., :3].flatten(2, 3), nibbles[..., 3].transpose(2, 3)], 2)
+    else:
+        bits = stream.unflatten(1, (blocks, 32, fmt.bits))
+    return _number(bits).flatten(1)[:, :in_features]
+
+
+def _bits(values: Tensor, count: int) -> Tensor:
+    """uint8 `[..., n]` -> its lowest `count` bits, lowest first: uint8 `[..., n, count]`."""
+    return (values[..., None] >> torch.arange(count, dtype=torch.uint8, device=values.device)) & 1
+
+
+def _number(bits: Tensor) -> Tensor:
+    """The inverse of `_bits`."""
+    return (bits << torch.arange(bits.shape[-1], dtype=torch.uint8, device=bits.device)).sum(-1, dtype=torch.uint8)
+
+
+def _fit(stream: Tensor, length: int) -> Tensor:
+    """Cut or zero-pad the last dimension to `length`."""
+    return torch.nn.functional.pad(stream, (0, length - stream.shape[-1]))

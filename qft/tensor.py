@@ -1,0 +1,135 @@
+"""QuantTensor: a weight matrix as its format stores it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import double_quant, kernels, reference
+from .format import ZERO_DTYPE, Format, FormatError
+
+
+@dataclass(frozen=True)
+class QuantTensor:
+    """Codes, scales and format of one weight matrix `[out, in]`.
+
+    Attributes:
+        format: how it is stored.
+        shape: (out_features, in_features).
+        weight: packed codes, uint8 `[out, row_bytes]`.
+        weight_scales: `[out, groups]` in the format's scale dtype; uint8 codes under dq.
+        weight_zeros: `[out, groups]` for asymmetric formats, else None.
+        weight_scales_absmax: fp32 `[ceil(out * groups / 256)]` under dq, else None.
+        weight_scales_offset: fp32 `[1]` under dq, else None.
+    """
+
+    format: Format
+    shape: tuple[int, int]
+    weight: Tensor
+    weight_scales: Tensor
+    weight_zeros: Tensor | None = None
+    weight_scales_absmax: Tensor | None = None
+    weight_scales_offset: Tensor | None = None
+
+    @property
+    def codes(self) -> Tensor:
+        """Packed codes, uint8 `[out, row_bytes]`."""
+        return self.weight
+
+    @property
+    def scales(self) -> Tensor:
+        """Decoded scales, fp32 `[out, groups]`."""
+        if self.weight_scales_absmax is not None and self.weight_scales_offset is not None:
+            return double_quant.decode(self.weight_scales, self.weight_scales_absmax, self.weight_scales_offset)
+        return self.weight_scales.float()
+
+    @property
+    def zeros(self) -> Tensor | None:
+        """Zero points, fp32 `[out, groups]`, or None for symmetric formats."""
+        return None if self.weight_zeros is None else self.weight_zeros.float()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors by the names they have in a layer and a file."""
+        names = ("weight", "weight_scales", "weight_zeros", "weight_scales_absmax", "weight_scales_offset")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes really stored, row padding included."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits really stored per weight, row padding included."""
+        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+    def unpack(self) -> Tensor:
+        """Level index of each weight, uint8 `[out, in]`."""
+        return reference.unpack(self.weight, self.format, self.shape[1])
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Dense weight `[out, in]`: fp32 level x scale, rounded once to `dtype` (fp32 where None)."""
+        return kernels.dequantize(self, dtype or torch.float32)
+
+    def with_scales(self, scales: Tensor, scale: str = "f32") -> QuantTensor:
+        """The same codes under other scales `[out, groups]`, stored as `scale` (f32, f16 or bf16).
+
+        Raises:
+            ValueError: the shape differs, or a scale overflows fp16.
+        """
+        expected = (self.shape[0], self.format.groups(self.shape[1]))
+        if tuple(scales.shape) != expected:
+            raise ValueError(f"scales have shape {tuple(scales.shape)}, expected {expected} for {self.format}")
+        fmt = Format(self.format.code, self.format.group, scale, self.format.zero)
+        stored = scales.detach().to(reference.TORCH_DTYPE[scale])
+        _refuse_overflow(stored, fmt, "scales")
+        zeros = None if self.weight_zeros is None else self.weight_zeros.to(reference.TORCH_DTYPE[ZERO_DTYPE[scale]])
+        return QuantTensor(fmt, self.shape, self.weight, stored, zeros)
+
+
+def quantize(weight: Tensor, fmt: Format | str, *, kernel: str | None = None, name: str = "weight") -> QuantTensor:
+    """Quantize a dense matrix.
+
+    Args:
+        weight: `[out, in]`, floating, finite; any layout. float64 is rounded to fp32 first.
+        fmt: a Format or its spelling.
+        kernel: a row of `kernels.TABLE` to use instead of the fastest.
+        name: what error messages call the weight.
+
+    Raises:
+        FormatError: `fmt` spells no format, or a scale overflows its dtype.
+        TypeError: the weight is not a floating tensor.
+        ValueError: it is not a matrix, is empty, or holds NaN or Inf.
+    """
+    fmt = Format.parse(fmt)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"{name} is {kind}; quantize takes a floating tensor, convert it with .float()")
+    if weight.dim() != 2:
+        raise ValueError(f"{name} has shape {tuple(weight.shape)}; quantize takes a matrix [out, in], reshape it first")
+    if not weight.numel():
+        raise ValueError(f"{name} has shape {tuple(weight.shape)}, which holds no weights; quantize needs at least one")
+    out, in_features = weight.shape
+    dense = weight.detach()
+    if dense.dtype not in reference.TORCH_DTYPE.values():
+        dense = dense.float()
+    codes, scales, zeros, bad = kernels.quantize(dense, fmt, kernel)
+    if bad >= 0:
+        row, column = divmod(bad, in_features)
+        raise ValueError(
+            f"{name}[{row}, {column}] is {dense[row, column].item()}; only finite weights can be quantized, repair it first"
+        )
+    if fmt.scale == "dq":
+        scale_codes, absmax, offset = double_quant.encode(scales)
+        return QuantTensor(fmt, (out, in_features), codes, scale_codes, zeros, absmax, offset)
+    _refuse_overflow(scales, fmt, name)
+    return QuantTensor(fmt, (out, in_features), codes, scales, zeros)
+
+
+def _refuse_overflow(scales: Tensor, fmt: Format, name: str) -> None:
+    if fmt.scale == "f16" and not scales.isfinite().all():
+        row, group = (~scales.isfinite()).nonzero()[0].tolist()
+        wider = Format(fmt.code, fmt.group, "f32", fmt.zero)
+        raise FormatError(f"the scale of {name}, row {row}, group {group} exceeds fp16's 65504; use bf16 or f32, such as '{wider}'")
