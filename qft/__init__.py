@@ -13,10 +13,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapters.scales import load_scales as load_scales
+    from .adapters.scales import round_scales as round_scales
+    from .adapters.scales import save_scales as save_scales
+    from .adapters.scales import scales_state as scales_state
+    from .adapters.scales import train_only as train_only
     from .format import Format as Format
     from .format import FormatError as FormatError
+    from .init import loftq as loftq
+    from .init import plain as plain
+    from .io import load as load
+    from .io import save as save
     from .kernels import compile as compile
     from .kernels import explain as explain
+    from .model import Report as Report
+    from .model import prepare_for_training as prepare_for_training
+    from .model import quantize_model as quantize_model
+    from .model import report as report
+    from .nn import QuantLinear as QuantLinear
     from .tensor import QuantTensor as QuantTensor
     from .tensor import quantize as quantize
 
@@ -25,10 +39,24 @@ __version__ = "0.1.0"
 _HOME = {
     "Format": "format",
     "FormatError": "format",
+    "QuantLinear": "nn",
     "QuantTensor": "tensor",
+    "Report": "model",
     "compile": "kernels",
     "explain": "kernels",
+    "load": "io",
+    "load_scales": "adapters.scales",
+    "loftq": "init",
+    "plain": "init",
+    "prepare_for_training": "model",
     "quantize": "tensor",
+    "quantize_model": "model",
+    "report": "model",
+    "round_scales": "adapters.scales",
+    "save": "io",
+    "save_scales": "adapters.scales",
+    "scales_state": "adapters.scales",
+    "train_only": "adapters.scales",
 }
 
 __all__ = sorted(_HOME)

@@ -1,0 +1,38 @@
+# make demo | test | check | bench: each sets up .venv by itself.
+PYTHON ?= python3
+TORCH  := 2.13.0
+PY     := .venv/bin/python
+READY  := .venv/.ready
+SOURCES := $(shell find csrc -type f) $(wildcard qft/compiler/*.py) qft/format.py CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: all demo test check bench clean
+all: $(READY)
+
+# torch comes first and pinned: any looser request would fetch a build of its own choice.
+.venv/.torch:
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --upgrade pip
+	.venv/bin/pip install --quiet torch==$(TORCH)
+	touch $@
+
+$(READY): .venv/.torch $(SOURCES)
+	.venv/bin/pip install --quiet --editable '.[test]'
+	touch $@
+
+demo: $(READY)
+	$(PY) -m qft demo
+
+test: $(READY)
+	$(PY) -m pytest
+
+check: $(READY)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+
+bench: $(READY)
+	$(PY) -m pytest bench --benchmark-enable --benchmark-only
+
+clean:
+	rm -rf build dist .venv demo-out qft/*.so *.egg-info

@@ -1,0 +1,126 @@
+"""LoftQ (Li et al., ICLR 2024): quantize a weight and fit the adapter to what quantization loses, in turns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..format import Format
+from ..tensor import QuantTensor, quantize
+from .plain import idle_factors, whole_number
+from .svd import METHODS, low_rank, seeded
+
+ORDERS = ("quantize-first", "svd-first")
+
+
+@torch.no_grad()
+def loftq(
+    w: Tensor,
+    fmt: Format | str,
+    rank: int,
+    iters: int = 5,
+    alpha: float | None = None,
+    *,
+    svd: str = "randomized",
+    order: str = "quantize-first",
+    rslora: bool = False,
+    on_step: Callable[[int, float], None] | None = None,
+    name: str = "weight",
+) -> tuple[QuantTensor, Tensor, Tensor]:
+    """Find Q, A and B with W ≈ Q + scaling · B · A (LoftQ, algorithm 1), keeping the best iterate.
+
+    A step quantizes W − scaling · B · A and fits B · A to W − Q by a truncated SVD. The first starts from B · A = 0, so
+    its codes are those of `qft.quantize`. Step 0 is plain quantization, and the step of least error is returned: never
+    worse than plain. The scaling is folded into A and B, so that the error does not depend on alpha. Arithmetic is fp32;
+    beside `w` two dense fp32 matrices are held, three where `w` is not fp32 (the exact SVD takes more).
+
+    Args:
+        w: `[out, in]`, floating, finite.
+        fmt: a Format or its spelling.
+        rank: 0 to min(out, in); 0 is plain quantization.
+        iters: steps T, 0 or more; 0 is plain quantization.
+        alpha: LoRA's alpha, positive; the rank where None, so that the scaling is 1.
+        svd: "randomized" or "exact", see `low_rank`.
+        order: "quantize-first" (the paper's), or "svd-first" (LQ-LoRA's: a step fits, then quantizes).
+        rslora: the scaling is alpha / sqrt(rank) instead of alpha / rank.
+        on_step: called as on_step(step, error) for steps 0 to T (0 alone at rank 0), where error is
+            ‖W − Q − scaling · B · A‖ / ‖W‖, Frobenius.
+        name: what error messages call the weight.
+
+    Returns:
+        the QuantTensor; A fp32 `[rank, in]`; B fp32 `[out, rank]`. Where no step beats plain, B is 0 and A random.
+
+    Raises:
+        FormatError, TypeError, ValueError: as `qft.quantize` does; or an argument lies outside what is said above.
+    """
+    _one_of(order, ORDERS, "order")
+    _one_of(svd, METHODS, "svd")
+    iters = whole_number(iters, "iters")
+    q = quantize(w, fmt, name=name)
+    rank = whole_number(rank, "rank", min(q.shape))
+    scaling = _scaling(rank, alpha, rslora)
+
+    dense = w.detach().float().contiguous()
+    unit = _unit(dense)
+    start = dense / unit
+    norm = _norm(start)
+
+    def report(step: int, remaining: Tensor) -> float:
+        error = _norm(remaining) / norm if norm else 0.0
+        if on_step:
+            on_step(step, error)
+        return error
+
+    residual = _residual(dense, q, unit)
+    least = report(0, residual)
+    best = (q, *idle_factors(q.shape, rank, w.device, seeded(w.device)))
+    if order == "svd-first":
+        residual = start
+    del start
+    for step in range(1, iters + 1 if rank else 1):
+        if order == "svd-first":
+            a, b = low_rank(residual, rank, svd)
+        if order == "svd-first" or step > 1:
+            q = quantize(torch.addmm(dense, b, a, alpha=-unit), fmt, name=name)
+            residual = _residual(dense, q, unit)
+        if order == "quantize-first":
+            a, b = low_rank(residual, rank, svd)
+        error = report(step, torch.addmm(residual, b, a, alpha=-1))
+        if error < least:
+            fold = math.sqrt(unit / scaling)
+            least, best = error, (q, a * fold, b * fold)
+    return best
+
+
+def _residual(dense: Tensor, q: QuantTensor, unit: float) -> Tensor:
+    """(W − Q) / unit, fp32 `[out, in]`."""
+    values = q.dequantize()
+    return torch.sub(dense, values, out=values).div_(unit)
+
+
+def _norm(matrix: Tensor) -> float:
+    """Frobenius norm: fp32 within a row, float64 across rows."""
+    return torch.linalg.vector_norm(torch.linalg.vector_norm(matrix, dim=1).double()).item()
+
+
+def _unit(dense: Tensor) -> float:
+    """The power of two at the largest weight: in this unit no square overflows or vanishes, and division is exact."""
+    return 2.0 ** (math.frexp(torch.linalg.vector_norm(dense, math.inf).item())[1] - 1)
+
+
+def _scaling(rank: int, alpha: float | None, rslora: bool) -> float:
+    """What LoRA multiplies B · A by: alpha / rank, or alpha / sqrt(rank) (rsLoRA)."""
+    if alpha is None:
+        alpha = rank
+    elif not (alpha > 0 and math.isfinite(alpha)):
+        raise ValueError(f"alpha={alpha} is not a positive number; leave it out for a scaling of 1")
+    divisor = math.sqrt(rank) if rslora else rank
+    return alpha / divisor if rank else 1.0
+
+
+def _one_of(value: str, allowed: tuple[str, ...], name: str) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown; use {' or '.join(map(repr, allowed))}")

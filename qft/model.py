@@ -1,0 +1,426 @@
+"""Whole models: which layers are quantized, what replaces them, what was left dense and why."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import init as starts
+from .format import Format
+from .nn import FloatFacingQuantLinear, QuantLinear
+from .notices import say_once
+from .tensor import QuantTensor, quantize
+
+StepCallback = Callable[[str, int, float], None]
+Start = Callable[..., tuple[QuantTensor, Tensor, Tensor]]
+STARTS = ("plain", "loftq")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of a model: quantized, or dense with the reason."""
+
+    path: str
+    format: Format | None
+    shape: tuple[int, int]  # (out_features, in_features)
+    nbytes: int  # of the stored weight, scales and padding included; adapters and bias not
+    dense_nbytes: int  # of the weight as it was, or in bf16 where that is not known
+    rank: int = 0
+    errors: tuple[float, ...] = ()  # relative Frobenius error after each step of the start; the least is what is kept
+    reason: str = ""  # why a layer was left dense
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight."""
+        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+
+@dataclass(frozen=True)
+class Report:
+    """What of a model is quantized. `layers` holds its linear layers; the bytes count every parameter once."""
+
+    layers: tuple[LayerReport, ...]
+    nbytes: int  # of all parameters and buffers as stored
+    other_nbytes: int = field(default=0)  # of them, what belongs to no linear layer's weight: embeddings, norms, adapters
+
+    @property
+    def quantized(self) -> tuple[LayerReport, ...]:
+        """The quantized layers."""
+        return tuple(layer for layer in self.layers if layer.format is not None)
+
+    @property
+    def dense(self) -> tuple[LayerReport, ...]:
+        """The linear layers left dense."""
+        return tuple(layer for layer in self.layers if layer.format is None)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per quantized weight, over all quantized layers; 0 without any."""
+        weights = sum(layer.shape[0] * layer.shape[1] for layer in self.quantized)
+        return 8 * sum(layer.nbytes for layer in self.quantized) / weights if weights else 0.0
+
+    def __str__(self) -> str:
+        lines = [
+            f"{layer.path}: {layer.format or 'dense, ' + layer.reason}, {layer.shape[0]}x{layer.shape[1]}, "
+            f"{layer.nbytes} bytes" + (f", error {min(layer.errors):.4f}" if layer.errors else "")
+            for layer in self.layers
+        ]
+        total = f"{len(self.quantized)} layers quantized at {self.bits_per_weight:.3f} bits per weight, {len(self.dense)} left dense"
+        return "\n".join([*lines, f"{total}; {self.nbytes} bytes in all"])
+
+
+@dataclass(frozen=True)
+class _Target:
+    path: str
+    module: nn.Module
+    fmt: Format
+    places: tuple[tuple[nn.Module, str], ...]  # (parent, attribute): a module shared by several parents has several
+
+    @property
+    def weight(self) -> Tensor:
+        """`[out, in]`; GPT-2's Conv1D stores the transpose."""
+        weight = self.module.weight
+        return weight.T if _is_conv1d(self.module) else weight
+
+
+def quantize_model(
+    model: nn.Module,
+    fmt: Format | str,
+    init: str | Start = "plain",
+    rank: int = 0,
+    alpha: float | None = None,
+    *,
+    iters: int = 5,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    skip: Iterable[str] = (),
+    formats: Mapping[str, Format | str] | None = None,
+    progress: bool = False,
+    on_step: StepCallback | None = None,
+) -> nn.Module:
+    """Replace the linear layers of a model by QuantLinear, in place, one at a time.
+
+    nn.Linear and transformers' Conv1D are replaced. Left dense, with the reason in `report(model)`: the output head of a
+    language model (unless `formats` names it), weights shared with an embedding, subclasses of nn.Linear, and layers whose
+    parent reads `layer.weight` itself.
+
+    Args:
+        fmt: format of every layer that `formats` does not name.
+        init: where codes and adapters start: "plain" (QLoRA: quantize, B = 0), "loftq", or a function called as
+            init(weight, fmt, rank, alpha=alpha) that returns what `qft.loftq` does.
+        rank: of the attached LoRA; 0 attaches none. A layer with fewer features than that takes what it can hold.
+        alpha, dropout, rslora: as in `QuantLinear.add_lora`.
+        iters: steps of "loftq".
+        skip: layers to leave dense, each a path, a last name ("lm_head") or a glob over paths ("*.mlp.*").
+        formats: formats by such a pattern; the first that matches wins.
+        progress: draw a progress bar with the time left on stderr.
+        on_step: called as on_step(path, step, relative error) after each step of a layer's start.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        FormatError: a spelling is no format.
+        ValueError: nothing is left to quantize, a pattern names no layer, or a weight is not finite (nothing is replaced).
+    """
+    if not callable(init) and init not in STARTS:
+        raise ValueError(f"init={init!r} is unknown; use one of {', '.join(STARTS)}, or a function like qft.loftq")
+    targets = _find_targets(model, Format.parse(fmt), tuple(skip), {k: Format.parse(v) for k, v in (formats or {}).items()})
+    if rank < 0:
+        raise ValueError(f"rank={rank} is negative; 0 attaches no adapter")
+    if not targets:
+        raise ValueError(f"{type(model).__name__} holds no linear layer to quantize; see qft.report(model) for the reasons")
+    for target in targets:  # before the first layer is replaced, so that a refusal leaves the model as it was
+        if not target.weight.isfinite().all():
+            quantize(target.weight, target.fmt, name=f"{target.path}.weight")
+    shared: dict[tuple[int, Format], QuantLinear] = {}
+    with _bar(progress, len(targets)) as advance:
+        for target in targets:
+            key = (id(target.module.weight), target.fmt)
+            errors: list[float] = []
+
+            def step(number: int, error: float, path: str = target.path, errors: list[float] = errors) -> None:
+                errors.append(error)
+                if on_step:
+                    on_step(path, number, error)
+
+            dense_dtype, dense_bytes = target.weight.dtype, target.weight.nbytes
+            if key in shared:
+                layer = _share(shared[key], target.module.bias)
+            else:
+                layer = _quantized(target, init, rank, alpha, iters, dropout, rslora, step)
+                shared[key] = layer
+            layer.init_errors, layer.dense_nbytes = tuple(errors), dense_bytes
+            layer.train(target.module.training)
+            if _reads(target, r"\.weight\.dtype\b"):
+                FloatFacingQuantLinear.adopt(layer, dense_dtype)
+            for parent, name in target.places:
+                setattr(parent, name, layer)
+            advance(target.path)
+    if isinstance(_output_head(model), QuantLinear):
+        model.config.tie_word_embeddings = False  # a packed head is a matrix of its own; tying again would undo it
+    return model
+
+
+def _quantized(
+    target: _Target, init: str | Start, rank: int, alpha: float | None, iters: int, dropout: float, rslora: bool, step: Any
+) -> QuantLinear:
+    weight, name = target.weight, f"{target.path}.weight"
+    held = min(rank, *weight.shape)
+    if held < rank:
+        say_once(f"{target.path} has {min(weight.shape)} features on one side: its adapter takes rank {held}, not {rank}")
+    alpha = float(rank if alpha is None else alpha)
+    folded = alpha * held**0.5 if rslora else alpha  # a start folds alpha / rank: this makes it alpha / sqrt(rank)
+    if callable(init):
+        q, a, b = init(weight, target.fmt, held, alpha=folded)
+    elif init == "loftq":
+        q, a, b = starts.loftq(weight, target.fmt, held, iters, folded if held else None, on_step=step, name=name)
+    else:
+        q, a, b = starts.plain(weight, target.fmt, held, name=name)
+    layer = QuantLinear.from_quantized(q, target.module.bias)
+    if held:
+        layer.add_lora(held, alpha, dropout, rslora, a, b)
+    if init != "loftq":
+        step(0, _relative_error(weight, layer))
+    return layer
+
+
+@torch.no_grad()
+def _relative_error(weight: Tensor, layer: QuantLinear) -> float:
+    """Frobenius norm of W - Q - scaling * B A, over that of W."""
+    residual = weight.float() - layer.dequantize()
+    if layer.lora_rank:
+        residual = torch.addmm(residual, layer.lora_B.float(), layer.lora_A.float(), alpha=-layer.lora_scaling)
+    norm = weight.float().norm()
+    return (residual.norm() / norm).item() if norm else 0.0
+
+
+def _share(first: QuantLinear, bias: nn.Parameter | None) -> QuantLinear:
+    """Another layer over the same stored weight, as the dense layers shared theirs."""
+    layer = QuantLinear.from_quantized(first.quant_tensor, bias)
+    for name, parameter in first._parameters.items():
+        if name != "bias":
+            layer._parameters[name] = parameter
+    layer.lora_alpha, layer.lora_scaling, layer.lora_dropout = first.lora_alpha, first.lora_scaling, first.lora_dropout
+    return layer
+
+
+# ------------------------------------------------------------------------------------------------ which layers
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether a pattern names the layer at `path`: the path, its last name, or a glob over paths."""
+    return path == pattern or path.rpartition(".")[2] == pattern or fnmatchcase(path, pattern)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    loaded = sys.modules.get("transformers.pytorch_utils")  # a model that holds one has loaded it
+    return loaded is not None and type(module) is loaded.Conv1D
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether qft can replace this module: nn.Linear itself, or transformers' Conv1D."""
+    return type(module) is nn.Linear or _is_conv1d(module)
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if callable(getter) else None
+
+
+def _find_targets(model: nn.Module, fmt: Format, skip: tuple[str, ...], formats: dict[str, Format]) -> list[_Target]:
+    places: dict[int, list[tuple[nn.Module, str, str]]] = {}
+    for parent_path, parent in model.named_modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                places.setdefault(id(child), []).append((parent, name, f"{parent_path}.{name}".lstrip(".")))
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(module)
+
+    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) or _is_conv1d(module)]
+    for pattern in (*skip, *formats):
+        if not any(matches(path, pattern) for path in paths):
+            raise ValueError(f"{pattern!r} names no linear layer of {type(model).__name__}; its layers are {_examples(paths)}")
+
+    head, targets = _output_head(model), []
+    for path, module in model.named_modules():
+        if not (isinstance(module, nn.Linear) or _is_conv1d(module)) or isinstance(module, QuantLinear):
+            continue
+        here = tuple((parent, name) for parent, name, _ in places.get(id(module), ()))
+        named = next((f for pattern, f in formats.items() if matches(path, pattern)), None)
+        target = _Target(path, module, named or fmt, here)
+        reason = _reason_to_skip(target, module is head, named is not None, skip, owners, model)
+        module.qft_reason = reason
+        if not reason:
+            targets.append(target)
+    return targets
+
+
+def _reason_to_skip(
+    target: _Target, is_head: bool, named: bool, skip: tuple[str, ...], owners: dict[int, list[nn.Module]], model: nn.Module
+) -> str:
+    if any(matches(target.path, pattern) for pattern in skip):
+        return "skipped by name"
+    if not is_linear(target.module):
+        return f"a {type(target.module).__name__}, not nn.Linear itself"
+    if not target.places:
+        return "the model itself, which cannot be replaced in place; use QuantLinear.from_linear"
+    if not target.module.weight.numel():
+        return "empty"
+    if target.module.weight.device.type == "meta":
+        return "on the meta device, without values"
+    if _reads(target, r"\.weight\b(?!\.(dtype|device)\b)"):
+        return f"{type(target.places[0][0]).__name__} reads {target.places[0][1]}.weight itself"
+    if named:
+        return ""
+    if is_head:
+        return "the output head; name it in formats to quantize it"
+    others = {type(owner).__name__ for owner in owners[id(target.module.weight)] if not is_linear(owner)}
+    return f"its weight is shared with {', '.join(sorted(others))}; name it in formats to quantize a copy" if others else ""
+
+
+def _reads(target: _Target, what: str) -> bool:
+    """Whether a parent's forward mentions `self.<layer><what>`: what T5 does to its `wo`, and nn.TransformerEncoderLayer
+    to its linear layers."""
+    return any(re.search(rf"\bself\.{re.escape(name)}{what}", _forward_source(type(parent))) for parent, name in target.places)
+
+
+def _forward_source(kind: type[nn.Module]) -> str:
+    try:
+        source = inspect.getsource(inspect.unwrap(kind.forward))
+    except (OSError, TypeError):  # defined where no source is kept: an interactive session, a compiled module
+        return ""
+    return re.sub(r"isinstance\([^()]*\)", "", source)  # asking what a weight is does not read it
+
+
+def _examples(paths: list[str]) -> str:
+    return ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "") if paths else "none"
+
+
+@contextmanager
+def _bar(wanted: bool, total: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar over layers; yields the function that moves it on."""
+    if not wanted:
+        yield lambda path: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("quantizing", total=total)
+        yield lambda path: bar.update(task, advance=1, description=path)
+
+
+# ------------------------------------------------------------------------------------------------ reports
+
+
+def report(model: nn.Module) -> Report:
+    """What of a model is quantized, in which formats and bytes, and what is dense and why."""
+    layers, counted = [], set()
+    for path, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            q = module.quant_tensor
+            dense = getattr(module, "dense_nbytes", 2 * q.shape[0] * q.shape[1])
+            errors = getattr(module, "init_errors", ())
+            layers.append(LayerReport(path, q.format, q.shape, q.nbytes, dense, module.lora_rank, errors))
+            counted.update(map(id, q.tensors().values()))
+        elif isinstance(module, nn.Linear) or _is_conv1d(module):
+            rows, columns = module.weight.shape
+            shape = (columns, rows) if _is_conv1d(module) else (rows, columns)
+            nbytes = module.weight.nbytes
+            layers.append(LayerReport(path, None, shape, nbytes, nbytes, reason=getattr(module, "qft_reason", "not asked for")))
+            counted.add(id(module.weight))
+    stored = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    other = sum(size for key, size in stored.items() if key not in counted)
+    return Report(tuple(layers), sum(stored.values()), other)
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def prepare_for_training(model: nn.Module, gradient_checkpointing: bool = True) -> nn.Module:
+    """Make a quantized model ready to train its adapters or scales; nothing is cast to fp32.
+
+    Parameters that are neither a QuantLinear's LoRA nor already-trainable scales or zeros are frozen. Gradient checkpointing
+    is switched on (non-reentrant) where the model offers it, and inputs are made to require gradients. The first training
+    forward checks that a gradient can flow; after the first backward, parameters that none reached are named once.
+
+    Raises:
+        ValueError: the model holds no QuantLinear; later, from its first training forward: nothing trains, or the output
+            needs no gradient.
+    """
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} holds no quantized layer; call qft.quantize_model first")
+    ours = {id(p) for layer in layers for name, p in layer._parameters.items() if p is not None and name != "bias"}
+    for parameter in model.parameters():
+        if id(parameter) not in ours:
+            parameter.requires_grad_(False)
+    if gradient_checkpointing:
+        if hasattr(model, "activation_checkpointing_enable"):  # transformers' newer name
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        elif hasattr(model, "gradient_checkpointing_enable"):
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            say_once(f"{type(model).__name__} offers no gradient checkpointing; activations are kept")
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
+    _GradientCheck(model)
+    return model
+
+
+class _GradientCheck:
+    """Watches the first training step for gradients, then takes its hooks away."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.reached: set[int] = set()
+        self.seen_forward = False
+        self.hooks = [model.register_forward_hook(self._after_forward)]
+
+    def _after_forward(self, model: nn.Module, inputs: Any, output: Any) -> None:
+        if not (model.training and torch.is_grad_enabled()):
+            return
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not trainable:
+            raise ValueError(f"nothing in {type(model).__name__} trains; attach a LoRA or call qft.train_only(model, 'scales')")
+        if not self.seen_forward:
+            if not any(tensor.requires_grad for tensor in _tensors(output)):
+                raise ValueError(
+                    f"the output of {type(model).__name__} needs no gradient although {len(trainable)} parameters train; "
+                    "use non-reentrant checkpointing or model.enable_input_require_grads()"
+                )
+            self.seen_forward = True
+            for parameter in trainable.values():
+                self.hooks.append(parameter.register_post_accumulate_grad_hook(lambda p: self.reached.add(id(p))))
+            return
+        if not self.reached:  # no backward yet: two forwards may share one
+            return
+        for hook in self.hooks:
+            hook.remove()
+        missed = [name for name, p in trainable.items() if id(p) not in self.reached]
+        if missed:
+            say_once(f"no gradient reached {len(missed)} of {len(trainable)} trainable parameters: {_examples(missed)}")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)

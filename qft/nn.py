@@ -1,0 +1,251 @@
+"""QuantLinear: a drop-in nn.Linear over packed weights, with the one LoRA it fuses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import kernels, ops
+from .format import DQ_BLOCK, ZERO_DTYPE, Format, FormatError
+from .reference import TORCH_DTYPE
+from .tensor import QuantTensor, quantize
+
+_ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class QuantLinear(nn.Linear):
+    """y = x Wt + bias + scaling * (dropout(x) At) Bt, with W packed.
+
+    Parameters, named as in a file: `weight` uint8 `[out, row_bytes]` (frozen codes), `weight_scales` `[out, groups]`,
+    `weight_zeros` `[out, groups]` for asymmetric formats, `weight_scales_absmax` and `weight_scales_offset` under dq,
+    `bias` `[out]`, and after `add_lora` `lora_A` `[rank, in]` and `lora_B` `[out, rank]`. The buffer `weight_format` holds
+    the format's spelling as uint8 text, so that a state_dict says what its bytes mean.
+
+    Takes floating input of any dtype and returns that dtype; under autocast it behaves as nn.Linear does. `.to(dtype)`,
+    `.half()` and `.bfloat16()` change bias and LoRA alone: stored codes and scales keep their format.
+
+    Args:
+        in_features, out_features: shape of W.
+        fmt: a Format or its spelling.
+        bias: whether to hold a bias.
+        device, dtype: of bias; codes and scales have the format's dtypes.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        fmt: Format | str,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
+        self.in_features, self.out_features = in_features, out_features
+        self.lora_alpha = self.lora_scaling = 0.0
+        self.lora_dropout: nn.Module = nn.Identity()
+        self.register_parameter("lora_A", None)
+        self.register_parameter("lora_B", None)
+        self.register_parameter("bias", None)
+        self.set_quantized(_empty(Format.parse(fmt), out_features, in_features, device))
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, fmt: Format | str, *, name: str = "weight") -> QuantLinear:
+        """Quantize an nn.Linear; its bias is kept as it is. Errors are those of `qft.quantize`, with `name` for the weight."""
+        return cls.from_quantized(quantize(linear.weight, fmt, name=name), linear.bias).train(linear.training)
+
+    @classmethod
+    def from_quantized(cls, q: QuantTensor, bias: nn.Parameter | None = None) -> QuantLinear:
+        """A layer around an already quantized weight."""
+        layer = cls(q.shape[1], q.shape[0], q.format, bias=False, device="meta")
+        layer.set_quantized(q)
+        layer.bias = bias
+        return layer
+
+    # -------------------------------------------------------------------------------------------------- storage
+
+    @property
+    def quant_tensor(self) -> QuantTensor:
+        """The stored tensors, as they are: no copy."""
+        return QuantTensor(self.format, (self.out_features, self.in_features), *(self._parameters[name] for name in ops.STORED))
+
+    def set_quantized(self, q: QuantTensor) -> None:
+        """Replace the stored weight, its format included; what trained before does not train any more."""
+        if q.shape != (self.out_features, self.in_features):
+            raise ValueError(f"the weight has shape {q.shape}, this layer needs {(self.out_features, self.in_features)}")
+        self.format = q.format
+        for name in ops.STORED:
+            value = getattr(q, name)
+            self.register_parameter(name, None if value is None else nn.Parameter(value.detach(), requires_grad=False))
+        spelling = torch.tensor(list(str(q.format).encode()), dtype=torch.uint8, device=q.weight.device)
+        self.register_buffer("weight_format", spelling)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Dense weight `[out, in]`, fp32 level x scale, rounded once to `dtype` (fp32 where None); LoRA not included."""
+        return self.quant_tensor.dequantize(dtype)
+
+    # -------------------------------------------------------------------------------------------------- LoRA
+
+    @property
+    def lora_rank(self) -> int:
+        """Rank of the attached LoRA; 0 without one."""
+        return 0 if self.lora_A is None else self.lora_A.shape[0]
+
+    def add_lora(
+        self,
+        rank: int,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        A: Tensor | None = None,  # noqa: N803  the factors' names in the literature
+        B: Tensor | None = None,  # noqa: N803
+    ) -> None:
+        """Attach trainable factors (LoRA, Hu et al. 2021, section 4).
+
+        Args:
+            rank: r, columns of B and rows of A, 1 <= r <= min(in, out).
+            alpha: the product is scaled by alpha / r, or alpha / sqrt(r) with `rslora`; None is r, a scaling of 1.
+            dropout: of the factors' input, in [0, 1).
+            A, B: starting values `[r, in]`, `[out, r]`; without them A is Kaiming-uniform and B zero, the identity.
+
+        Raises:
+            ValueError: a LoRA is attached already, or an argument is out of its range.
+        """
+        if self.lora_A is not None:
+            raise ValueError(f"a LoRA of rank {self.lora_rank} is attached already; call remove_lora() first")
+        if not (isinstance(rank, int) and 1 <= rank <= min(self.in_features, self.out_features)):
+            raise ValueError(f"rank={rank} is outside 1..{min(self.in_features, self.out_features)}, what this layer can hold")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout} is outside [0, 1)")
+        alpha = float(rank if alpha is None else alpha)
+        if not (math.isfinite(alpha) and alpha > 0):
+            raise ValueError(f"alpha={alpha} must be a positive number")
+        device = self._parameters["weight"].device
+        dtype = torch.float32 if self.bias is None else self.bias.dtype
+        shapes = {"A": (rank, self.in_features), "B": (self.out_features, rank)}
+        for factor, value in (("A", A), ("B", B)):
+            if value is not None and tuple(value.shape) != shapes[factor]:
+                raise ValueError(f"{factor} has shape {tuple(value.shape)}, rank {rank} needs {shapes[factor]}")
+        if A is None:
+            A = torch.empty(shapes["A"], device=device)  # noqa: N806
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        if B is None:
+            B = torch.zeros(shapes["B"], device=device)  # noqa: N806
+        self.lora_A = nn.Parameter(A.detach().to(device, dtype, copy=True))  # the caller's factors must not train along
+        self.lora_B = nn.Parameter(B.detach().to(device, dtype, copy=True))
+        self.lora_alpha = alpha
+        self.lora_scaling = alpha / (math.sqrt(rank) if rslora else rank)
+        self.lora_dropout = (nn.Dropout(dropout) if dropout else nn.Identity()).train(self.training)
+
+    def remove_lora(self) -> None:
+        """Detach the LoRA, leaving the base as it is."""
+        self.lora_A = self.lora_B = None
+        self.lora_alpha = self.lora_scaling = 0.0
+        self.lora_dropout = nn.Identity()
+
+    # -------------------------------------------------------------------------------------------------- forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in]` -> `[..., out]` in x's dtype (autocast's under autocast).
+
+        Raises:
+            TypeError: x is not fp32, bf16, fp16 or fp64.
+            ValueError: x's last dimension is not in_features, or x and the weight are on different devices.
+        """
+        self._check(x)
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))
+        stored = [self._parameters[name] for name in ops.STORED]
+        y = torch.ops.qft.matmul(x, *stored, str(self.format), self.in_features)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y if self.lora_A is None else y + self._lora(x)
+
+    def _lora(self, x: Tensor) -> Tensor:
+        dtype = kernels.product_dtype(x.dtype, x.device.type)
+        a, b = self.lora_A.to(dtype), (self.lora_B * self.lora_scaling).to(dtype)
+        low = nn.functional.linear(self.lora_dropout(x).to(dtype), a)
+        return nn.functional.linear(low, b).to(x.dtype)
+
+    def _check(self, x: Tensor) -> None:
+        if x.dtype not in _ACTIVATIONS:
+            raise TypeError(f"QuantLinear got {x.dtype} input; convert it with .float() or .bfloat16()")
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(f"input has shape {tuple(x.shape)}; its last dimension must be in_features={self.in_features}")
+        device = self._parameters["weight"].device
+        if x.device != device:
+            raise ValueError(f"input is on {x.device}, the weight on {device}; move one of them")
+
+    # -------------------------------------------------------------------------------------------------- nn.Module
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        """Move with the module, but keep the format's dtypes: .half() must not round scales."""
+        stored = [p for name in ops.STORED if (p := self._parameters[name]) is not None]
+        kept = {id(tensor) for p in (*stored, self.weight_format) for tensor in (p, p.grad) if tensor is not None}
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if id(tensor) in kept and moved.dtype != tensor.dtype else moved
+
+        return super()._apply(keep_dtype, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        weight, spelling = state_dict.get(prefix + "weight"), state_dict.get(prefix + "weight_format")
+        place = prefix.rstrip(".") or "this layer"
+        if weight is not None and weight.is_floating_point():
+            raise FormatError(
+                f"{place} stores {self.format}, but the state_dict holds a dense {weight.dtype} weight; "
+                "load it into nn.Linear and quantize that"
+            )
+        if weight is not None and spelling is None:
+            raise FormatError(f"{place} stores {self.format}, but the state_dict holds codes and no weight_format to say whose")
+        if spelling is not None:
+            theirs = bytes(spelling.tolist()).decode(errors="replace")
+            if theirs != str(self.format):
+                raise FormatError(f"{place} stores {self.format}, but the state_dict holds {theirs}; build the layer with that")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        lora = f", lora_rank={self.lora_rank}, lora_alpha={self.lora_alpha:g}" if self.lora_rank else ""
+        return f"{self.in_features}, {self.out_features}, {self.format}, bias={self.bias is not None}{lora}"
+
+
+class FloatFacingQuantLinear(QuantLinear):
+    """QuantLinear for a parent that casts activations to `layer.weight.dtype` (T5's `wo`, Mamba's `lm_head`).
+
+    Its attribute `weight` is an empty floating tensor of the dtype the dense weight had; the codes are where every
+    QuantLinear keeps them, in `_parameters` and the state_dict.
+    """
+
+    @staticmethod
+    def adopt(layer: QuantLinear, dtype: torch.dtype) -> None:
+        """Make `layer` one, facing its parent with `dtype`."""
+        face = torch.empty(0, dtype=dtype, device=layer._parameters["weight"].device)
+        layer.register_buffer("dense_dtype", face, persistent=False)
+        layer.__class__ = FloatFacingQuantLinear
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.dense_dtype
+
+
+def _empty(fmt: Format, out: int, in_features: int, device: torch.device | str | None) -> QuantTensor:
+    """A weight of zeros codes and zero scales, to be loaded into."""
+    groups = fmt.groups(in_features)
+
+    def make(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(*shape, dtype=dtype, device=device)
+
+    zeros = make(out, groups, dtype=TORCH_DTYPE[ZERO_DTYPE[fmt.scale]]) if fmt.zero else None
+    codes = make(out, fmt.row_bytes(in_features), dtype=torch.uint8)
+    if fmt.scale != "dq":
+        return QuantTensor(fmt, (out, in_features), codes, make(out, groups, dtype=TORCH_DTYPE[fmt.scale]), zeros)
+    absmax, offset = make(math.ceil(out * groups / DQ_BLOCK), dtype=torch.float32), make(1, dtype=torch.float32)
+    return QuantTensor(fmt, (out, in_features), codes, make(out, groups, dtype=torch.uint8), zeros, absmax, offset)

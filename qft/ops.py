@@ -1,0 +1,127 @@
+"""The verbs as torch operators: `define` + `impl`, a fake for tracing, a formula for autograd.
+
+An operator takes the stored tensors of a weight, in the order of `STORED`, then the format's spelling and in_features.
+Autograd keeps packed data, x where scales or zeros train, and y (before bias and adapters) for per-channel scales; never
+a dense weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import kernels, reference
+from .format import Format
+from .tensor import QuantTensor
+
+STORED = ("weight", "weight_scales", "weight_zeros", "weight_scales_absmax", "weight_scales_offset")
+_PACKED = "Tensor weight, Tensor scales, Tensor? zeros, Tensor? absmax, Tensor? offset, str fmt, int in_features"
+_CHUNK_BYTES = 4 << 20  # of fp32 products held at a time by the per-channel scale gradient
+
+_library = torch.library.Library("qft", "DEF")
+
+
+def _define(name: str, schema: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+    _library.define(f"{name}({schema}) -> Tensor")
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qft::{name}", fake, lib=_library)
+
+
+def _rebuild(weight: Tensor, scales: Tensor, zeros: Any, absmax: Any, offset: Any, fmt: str, in_features: int) -> QuantTensor:
+    return QuantTensor(Format.parse(fmt), (weight.shape[0], in_features), weight, scales, zeros, absmax, offset)
+
+
+def _matmul(x: Tensor, *packed: Any) -> Tensor:
+    q = _rebuild(*packed)
+    return _shaped(kernels.matmul(x.reshape(-1, q.shape[1]), q), *x.shape[:-1], q.shape[0])
+
+
+def _matmul_t(dy: Tensor, *packed: Any) -> Tensor:
+    q = _rebuild(*packed)
+    return _shaped(kernels.matmul_t(dy.reshape(-1, q.shape[0]), q), *dy.shape[:-1], q.shape[1])
+
+
+def _shaped(fresh: Tensor, *shape: int) -> Tensor:
+    """`fresh` under another shape. Not by a view: autograd refuses `y.relu_()` on an operator's output that is one."""
+    return fresh.resize_(*shape)
+
+
+def _scale_grad(dy: Tensor, x: Tensor, y: Tensor | None, *packed: Any) -> Tensor:
+    q = _rebuild(*packed)
+    dy, x = dy.reshape(-1, q.shape[0]), x.reshape(-1, q.shape[1])
+    ds = kernels.scale_grad(dy, x, q) if y is None else _channel_scale_grad(dy, x, y.reshape(dy.shape), q)
+    return ds.to(_grad_dtype(q.weight_scales))
+
+
+def _grad_dtype(scales: Tensor) -> torch.dtype:
+    """The scales' own, so that autograd takes the gradient; fp32 for the integer codes of double-quantized scales."""
+    return scales.dtype if scales.is_floating_point() else torch.float32
+
+
+def _channel_scale_grad(dy: Tensor, x: Tensor, y: Tensor, q: QuantTensor) -> Tensor:
+    """ds = sum over rows of dy * y / s, fp32 `[out, 1]` (PEQA's gradient without a weight gradient); rows whose scale is 0
+    take the direct sum."""
+    step = max(1, _CHUNK_BYTES // (4 * q.shape[0]))
+    total = sum(
+        ((dy[i : i + step].float() * y[i : i + step]).sum(0) for i in range(0, dy.shape[0], step)),
+        start=torch.zeros(q.shape[0], device=dy.device),
+    )
+    scales = q.scales[:, 0]
+    ds = torch.where(scales == 0, 0, total / scales)[:, None]
+    rows = (scales == 0).nonzero().flatten()
+    if rows.numel():
+        part = reference.unpack(q.weight[rows], q.format, q.shape[1])
+        zeros = None if q.zeros is None else q.zeros[rows]
+        ds[rows] = reference.scale_grad(dy[:, rows], x, part, zeros, q.format)
+    return ds
+
+
+def _zero_grad(dy: Tensor, x: Tensor, *packed: Any) -> Tensor:
+    q = _rebuild(*packed)
+    dz = reference.zero_grad(dy.reshape(-1, q.shape[0]), x.reshape(-1, q.shape[1]), q.scales, q.format)
+    return dz.to(packed[2].dtype)
+
+
+_define("matmul", f"Tensor x, {_PACKED}", _matmul, lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0]))
+_define("matmul_t", f"Tensor dy, {_PACKED}", _matmul_t, lambda dy, *packed: dy.new_empty(*dy.shape[:-1], packed[6]))
+_define(
+    "scale_grad",
+    f"Tensor dy, Tensor x, Tensor? y, {_PACKED}",
+    _scale_grad,
+    lambda dy, x, y, weight, scales, *_: torch.empty_like(scales, dtype=_grad_dtype(scales)),
+)
+_define(
+    "zero_grad",
+    f"Tensor dy, Tensor x, {_PACKED}",
+    _zero_grad,
+    lambda dy, x, weight, scales, zeros, *_: torch.empty_like(zeros),
+)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *stored, fmt, in_features = inputs
+    ctx.fmt, ctx.in_features = fmt, in_features
+    scales_train, zeros_train = ctx.needs_input_grad[2:4]
+    per_channel = scales_train and Format.parse(fmt).group == 0
+    ctx.save_for_backward(x if scales_train or zeros_train else None, output if per_channel else None, *stored)
+
+
+def _matmul_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, y, *stored = ctx.saved_tensors
+    packed = (*stored, ctx.fmt, ctx.in_features)
+    dx_needed, _, ds_needed, dz_needed = ctx.needs_input_grad[:4]
+    dx = torch.ops.qft.matmul_t(dy, *packed) if dx_needed else None
+    ds = torch.ops.qft.scale_grad(dy, x, y, *packed) if ds_needed else None
+    dz = torch.ops.qft.zero_grad(dy, x, *packed) if dz_needed else None
+    return dx, None, ds, dz, None, None, None, None
+
+
+torch.library.register_autograd("qft::matmul", _matmul_backward, setup_context=_keep, lib=_library)
+
+
+def matmul(x: Tensor, q: QuantTensor) -> Tensor:
+    """y = x Wt: `[..., out]` in x's dtype for x `[..., in]`; differentiable in x, the scales and the zero points."""
+    return torch.ops.qft.matmul(x, *(getattr(q, name) for name in STORED), str(q.format), q.shape[1])
