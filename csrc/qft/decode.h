@@ -7,12 +7,12 @@ namespace qft {
 
 // The levels of a codebook of up to 16 entries, and what encoding derives from them.
 struct Codebook {
-  float levels[16] = {};         // by code; unused codes stand for 0
-  float midpoints[16] = {};      // between neighbouring levels in ascending order; +inf past the last
-  uint8_t code_of_rank[16] = {}; // ascending order -> code
-  float anchor = 0;              // the level a group's extreme lands on: the one of largest magnitude
-  bool signed_scale = false;     // no level mirrors the anchor, so the scale carries the extreme's sign
-  uint8_t zero_code = 0;         // the code nearest 0, for groups of zeros
+  float levels[16] = {};          // by code; unused codes stand for 0
+  float midpoints[16] = {};       // between neighbouring levels in ascending order; +inf past the last
+  uint8_t code_of_rank[16] = {};  // ascending order -> code
+  float anchor = 0;               // the level a group's extreme lands on: the one of largest magnitude
+  bool signed_scale = false;      // no level mirrors the anchor, so the scale carries the extreme's sign
+  uint8_t zero_code = 0;          // the code nearest 0, for groups of zeros
 };
 
 constexpr float kInfinity = __builtin_huge_valf();
@@ -41,7 +41,8 @@ constexpr Codebook make_codebook(const float* levels, int count) {
   book.signed_scale = -low != high;
   int nearest = 0;
   for (int i = 1; i < ranks; i++) {
-    const float a = sorted[i] < 0 ? -sorted[i] : sorted[i], b = sorted[nearest] < 0 ? -sorted[nearest] : sorted[nearest];
+    const float a = sorted[i] < 0 ? -sorted[i] : sorted[i],
+                b = sorted[nearest] < 0 ? -sorted[nearest] : sorted[nearest];
     if (a < b) nearest = i;
   }
   book.zero_code = book.code_of_rank[nearest];
@@ -57,18 +58,13 @@ constexpr Codebook integer_codebook(bool zero) {
   return make_codebook(levels, count);
 }
 
-// Vector kernels decode 128 codes into 8 vectors of 16 lanes in the order the packing makes cheapest: lane l of vector v
-// holds the code at this offset. Activations are permuted once per call to match, so no shuffle is paid per code.
-constexpr int code_at(int bits, int v, int l) {
-  return bits == 4   ? 32 * (v / 2) + 2 * l + v % 2
-         : bits == 2 ? 64 * (v / 4) + 4 * l + v % 4
-         : bits == 1 ? 8 * l + v
-         : bits == 3 ? 32 * (l / 4) + 8 * (v / 2) + 2 * (l % 4) + v % 2
-                     : 16 * v + l;
-}
+// Vector kernels decode 128 codes into 8 vectors of 16 lanes: lane l of vector v holds the code at this offset. A
+// lane's 8 codes lie side by side in one 32-bit word (of bytes, 16-bit words or nibbles for 1, 2 or 3 bits), so a shift
+// brings each to the bottom of its lane, and four lanes share a scale in every vector alike. Activations are permuted
+// once per call to match, so no shuffle is paid per code.
+constexpr int code_at(int v, int l) { return 8 * l + v; }
 
-// In that order, lanes of a vector that surely share a scale, and neighbouring vectors whose lanes share their scales.
-constexpr int lanes_per_sub(int bits) { return bits == 4 || bits == 8 ? 16 : bits == 2 ? 8 : 4; }
-constexpr int vectors_per_sub(int bits) { return kSub / lanes_per_sub(bits); }
+// bits between neighbouring codes of such a word: 3-bit codes come as nibbles
+constexpr int code_stride(int bits) { return bits == 3 ? 4 : bits; }
 
 }  // namespace qft

@@ -1,4 +1,5 @@
-// What a packed weight matrix is, in the words of the checkpoint. Plain data: host, device and run-time builds share it.
+// What a packed weight matrix is, in the words of the checkpoint. Plain data: host, device and run-time builds share
+// it.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +10,8 @@ enum class Dtype : int { f32, f16, bf16 };
 enum class Scale : int { f32, f16, bf16, dq };  // dq: 8-bit code of the scale, fp32 absmax per 256 scales
 enum class Levels : int { codebook, integer };
 
-constexpr int kBlock = 128;    // codes decoded at a time
-constexpr int kSub = 32;       // codes that surely share a scale: every group is a multiple of it
+constexpr int kBlock = 128;  // codes decoded at a time
+constexpr int kSub = 32;     // codes that surely share a scale: every group is a multiple of it
 constexpr int kSubs = kBlock / kSub;
 constexpr int kDqBlock = 256;  // scales per absmax under double quantization
 
@@ -24,8 +25,8 @@ struct Weight {
   const float* dynamic_map;  // [256] fp32 value of an 8-bit scale code, under dq, else null
   const float* levels;       // [1 << bits] fp32; read by the kernels that were not compiled for a codebook
   int64_t out, in, row_bytes;
-  int64_t group;             // weights per scale along in; the whole row for per-channel scales
-  int64_t groups;            // ceil(in / group)
+  int64_t group;   // weights per scale along in; the whole row for per-channel scales
+  int64_t groups;  // ceil(in / group)
   Scale scale_kind;
   Dtype zero_kind;
 };

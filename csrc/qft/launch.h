@@ -10,14 +10,14 @@ struct QuantizeArgs {
   const void* weight;  // [out][in] in dtype
   int64_t out, in, row_bytes, group, groups;
   Dtype dtype;
-  bool zero;           // asymmetric: codes count from the zero point
-  Scale scale_kind;    // codes are chosen against the scale as stored
+  bool zero;         // asymmetric: codes count from the zero point
+  Scale scale_kind;  // codes are chosen against the scale as stored
   Dtype zero_kind;
-  const float* levels; // [1 << bits]; read by the kernels that were not compiled for a codebook
-  int count;           // levels in use, <= 1 << bits; likewise
-  uint8_t* codes;      // [out][row_bytes]
-  void* scales;        // [out][groups]
-  void* zeros;         // [out][groups] or null
+  const float* levels;  // [1 << bits]; read by the kernels that were not compiled for a codebook
+  int count;            // levels in use, <= 1 << bits; likewise
+  uint8_t* codes;       // [out][row_bytes]
+  void* scales;         // [out][groups]
+  void* zeros;          // [out][groups] or null
   int threads;
 };
 
@@ -34,8 +34,8 @@ struct DequantizeArgs {
 // y = x Wt
 struct MatmulArgs {
   Weight weight;
-  const void* x;     // [rows][in] in dtype
-  void* y;           // [rows][out] in dtype
+  const void* x;  // [rows][in] in dtype
+  void* y;        // [rows][out] in dtype
   int64_t rows;
   Dtype dtype;
   float* workspace;  // rows * blocks(in) * 128
@@ -58,13 +58,13 @@ struct ScaleGradArgs {
   int64_t row0, row1;
   const void* dw;  // [row1 - row0][in] in dtype
   Dtype dtype;
-  float* ds;       // [row1 - row0][groups]
+  float* ds;  // [row1 - row0][groups]
   int threads;
 };
 
 struct Kernels {
-  const char* code;   // "nf4", "int3", "levels2" (any codebook of that width)
-  const char* isa;    // "scalar", "avx2", "avx512"
+  const char* code;                          // "nf4", "int3", "levels2" (any codebook of that width)
+  const char* isa;                           // "scalar", "avx2", "avx512"
   int64_t (*quantize)(const QuantizeArgs&);  // flat index of the first weight that is not finite, or -1
   void (*dequantize)(const DequantizeArgs&);
   void (*matmul)(const MatmulArgs&);

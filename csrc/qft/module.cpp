@@ -59,8 +59,8 @@ PYBIND11_MODULE(_native, m) {
 
   py::class_<Weight>(m, "Weight")
       .def(py::init([](uintptr_t codes, uintptr_t scales, uintptr_t zeros, uintptr_t absmax, uintptr_t offset,
-                       uintptr_t dynamic_map, uintptr_t levels, int64_t out, int64_t in, int64_t row_bytes, int64_t group,
-                       int64_t groups, Scale scale_kind, Dtype zero_kind) {
+                       uintptr_t dynamic_map, uintptr_t levels, int64_t out, int64_t in, int64_t row_bytes,
+                       int64_t group, int64_t groups, Scale scale_kind, Dtype zero_kind) {
              return Weight{pointer<const uint8_t>(codes),
                            pointer<const void>(scales),
                            pointer<const void>(zeros),
@@ -76,8 +76,8 @@ PYBIND11_MODULE(_native, m) {
                            scale_kind,
                            zero_kind};
            }),
-           py::kw_only(), "codes"_a, "scales"_a, "zeros"_a, "absmax"_a, "offset"_a, "dynamic_map"_a, "levels"_a, "out"_a,
-           "in_"_a, "row_bytes"_a, "group"_a, "groups"_a, "scale_kind"_a, "zero_kind"_a);
+           py::kw_only(), "codes"_a, "scales"_a, "zeros"_a, "absmax"_a, "offset"_a, "dynamic_map"_a, "levels"_a,
+           "out"_a, "in_"_a, "row_bytes"_a, "group"_a, "groups"_a, "scale_kind"_a, "zero_kind"_a);
 
   using Released = py::call_guard<py::gil_scoped_release>;
   py::class_<Kernels>(m, "Kernels")
@@ -85,47 +85,50 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("isa", [](const Kernels& k) { return k.isa; })
       .def(
           "quantize",
-          [](const Kernels& k, uintptr_t weight, int64_t out, int64_t in, int64_t row_bytes, int64_t group, int64_t groups,
-             Dtype dtype, bool zero, Scale scale_kind, Dtype zero_kind, uintptr_t levels, int count, uintptr_t codes,
-             uintptr_t scales, uintptr_t zeros, int threads) {
+          [](const Kernels& k, uintptr_t weight, int64_t out, int64_t in, int64_t row_bytes, int64_t group,
+             int64_t groups, Dtype dtype, bool zero, Scale scale_kind, Dtype zero_kind, uintptr_t levels, int count,
+             uintptr_t codes, uintptr_t scales, uintptr_t zeros, int threads) {
             return k.quantize({pointer<const void>(weight), out, in, row_bytes, group, groups, dtype, zero, scale_kind,
                                zero_kind, pointer<const float>(levels), count, pointer<uint8_t>(codes),
                                pointer<void>(scales), pointer<void>(zeros), threads});
           },
           py::kw_only(), "weight"_a, "out"_a, "in_"_a, "row_bytes"_a, "group"_a, "groups"_a, "dtype"_a, "zero"_a,
-          "scale_kind"_a, "zero_kind"_a, "levels"_a, "count"_a, "codes"_a, "scales"_a, "zeros"_a, "threads"_a, Released())
+          "scale_kind"_a, "zero_kind"_a, "levels"_a, "count"_a, "codes"_a, "scales"_a, "zeros"_a, "threads"_a,
+          Released())
       .def(
           "dequantize",
-          [](const Kernels& k, const Weight& weight, int64_t row0, int64_t row1, int64_t col0, int64_t col1, uintptr_t out,
-             int64_t stride, Dtype dtype, int threads) {
+          [](const Kernels& k, const Weight& weight, int64_t row0, int64_t row1, int64_t col0, int64_t col1,
+             uintptr_t out, int64_t stride, Dtype dtype, int threads) {
             k.dequantize({weight, row0, row1, col0, col1, pointer<void>(out), stride, dtype, threads});
           },
-          py::kw_only(), "weight"_a, "row0"_a, "row1"_a, "col0"_a, "col1"_a, "out"_a, "stride"_a, "dtype"_a, "threads"_a,
-          Released())
+          py::kw_only(), "weight"_a, "row0"_a, "row1"_a, "col0"_a, "col1"_a, "out"_a, "stride"_a, "dtype"_a,
+          "threads"_a, Released())
       .def(
           "matmul",
           [](const Kernels& k, const Weight& weight, uintptr_t x, uintptr_t y, int64_t rows, Dtype dtype,
              uintptr_t workspace, int threads) {
-            k.matmul({weight, pointer<const void>(x), pointer<void>(y), rows, dtype, pointer<float>(workspace), threads});
+            k.matmul(
+                {weight, pointer<const void>(x), pointer<void>(y), rows, dtype, pointer<float>(workspace), threads});
           },
           py::kw_only(), "weight"_a, "x"_a, "y"_a, "rows"_a, "dtype"_a, "workspace"_a, "threads"_a, Released())
       .def(
           "matmul_t",
-          [](const Kernels& k, const Weight& weight, uintptr_t dy, uintptr_t dx, int64_t rows, Dtype dtype, int threads) {
-            k.matmul_t({weight, pointer<const void>(dy), pointer<void>(dx), rows, dtype, threads});
-          },
+          [](const Kernels& k, const Weight& weight, uintptr_t dy, uintptr_t dx, int64_t rows, Dtype dtype,
+             int threads) { k.matmul_t({weight, pointer<const void>(dy), pointer<void>(dx), rows, dtype, threads}); },
           py::kw_only(), "weight"_a, "dy"_a, "dx"_a, "rows"_a, "dtype"_a, "threads"_a, Released())
       .def(
           "scale_grad",
-          [](const Kernels& k, const Weight& weight, int64_t row0, int64_t row1, uintptr_t dw, Dtype dtype, uintptr_t ds,
-             int threads) {
+          [](const Kernels& k, const Weight& weight, int64_t row0, int64_t row1, uintptr_t dw, Dtype dtype,
+             uintptr_t ds, int threads) {
             k.scale_grad({weight, row0, row1, pointer<const void>(dw), dtype, pointer<float>(ds), threads});
           },
           py::kw_only(), "weight"_a, "row0"_a, "row1"_a, "dw"_a, "dtype"_a, "ds"_a, "threads"_a, Released());
 
-  m.def("instruction_sets", &instruction_sets, "The instruction sets of this machine that kernels exist for, plainest first.");
+  m.def("instruction_sets", &instruction_sets,
+        "The instruction sets of this machine that kernels exist for, plainest first.");
   m.def("built_kernels", &built_kernels, py::return_value_policy::reference, "The kernels compiled ahead of time.");
-  m.def("load_kernels", &load_kernels, py::return_value_policy::reference, "path"_a, "Load a library made by qft.compile.");
+  m.def("load_kernels", &load_kernels, py::return_value_policy::reference, "path"_a,
+        "Load a library made by qft.compile.");
   m.attr("BLOCK") = kBlock;
 }
 

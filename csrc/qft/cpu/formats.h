@@ -1,5 +1,6 @@
-// What the verbs ask of a format's codes: name, width, kind, and its codebook. The compiler emits one `CompiledCodebook`
-// per codebook it is given; integers need no numbers of their own; `AnyCodebook` reads its levels at run time.
+// What the verbs ask of a format's codes: name, width, kind, and its codebook. The compiler emits one
+// `CompiledCodebook` per codebook it is given; integers need no numbers of their own; `AnyCodebook` reads its levels at
+// run time.
 #pragma once
 
 #include "qft/decode.h"

@@ -30,7 +30,8 @@ static inline float from_f16(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, magnitude = half & 0x7fff;
   if (magnitude >= 0x7c00) return float_of(sign | 0x7f800000u | (magnitude & 0x3ff) << 13);
   if (magnitude >= 0x400) return float_of(sign | ((magnitude << 13) + 0x38000000u));
-  return float_of(sign | bits_of(static_cast<float>(magnitude) * 5.9604644775390625e-8f));  // subnormal: magnitude * 2^-24
+  return float_of(sign |
+                  bits_of(static_cast<float>(magnitude) * 5.9604644775390625e-8f));  // subnormal: magnitude * 2^-24
 }
 
 // round to nearest even; beyond 65504 becomes infinity

@@ -8,6 +8,10 @@
 
 namespace qft::avx2 {
 
+constexpr int kTileOutputs = 1;  // outputs and rows of x that a matmul tile keeps in the 16 registers
+constexpr int kTileRows = 2;
+constexpr int kUnroll = 8;
+
 struct Vec {
   __m256 low, high;
 };
@@ -42,23 +46,95 @@ static inline float sum(Vec a) {  // 16 -> 8 -> 4 -> 2 -> 1 lanes, upper half on
 }
 static inline bool any_not_finite(Vec a) {
   const __m256i exponent = _mm256_set1_epi32(0x7f800000);
-  const auto full = [&](__m256 v) { return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_castps_si256(v), exponent), exponent); };
+  const auto full = [&](__m256 v) {
+    return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_castps_si256(v), exponent), exponent);
+  };
   const __m256i bad = _mm256_or_si256(full(a.low), full(a.high));
   return !_mm256_testz_si256(bad, bad);
+}
+
+static inline float lowest(Vec a) {
+  const __m256 eight = _mm256_min_ps(a.low, a.high);
+  const __m128 four = _mm_min_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_min_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_min_ss(two, _mm_movehdup_ps(two)));
+}
+static inline float highest(Vec a) {
+  const __m256 eight = _mm256_max_ps(a.low, a.high);
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
 static inline Codes load_bytes(const uint8_t* p) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
 }
+static inline Codes load_halves(const uint8_t* p) {
+  return {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+          _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)))};
+}
+static inline Codes load_words(const uint8_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
+}
+static inline __m256i with_fourth_words(__m128i first, __m128i second) {
+  const __m256i three = _mm256_blend_epi32(_mm256_set_m128i(second, first), _mm256_setzero_si256(), 0x88);
+  const auto each = [](int a, int b, int c) { return _mm256_setr_epi32(a, b, c, 0, a, b, c, 0); };
+  const __m256i planes =
+      _mm256_and_si256(_mm256_srlv_epi32(three, each(3, 2, 1)), each(0x11111111, 0x22222222, 0x44444444));
+  const __m256i pairs = _mm256_or_si256(planes, _mm256_shuffle_epi32(planes, _MM_SHUFFLE(2, 3, 0, 1)));
+  return _mm256_blend_epi32(three, _mm256_or_si256(pairs, _mm256_shuffle_epi32(pairs, _MM_SHUFFLE(1, 0, 3, 2))), 0x88);
+}
+static inline Codes load_records(const uint8_t* p) {
+  const auto at = [p](int byte) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + byte)); };
+  return {with_fourth_words(at(0), at(12)),
+          with_fourth_words(at(24), _mm_srli_si128(at(32), 4))};  // 48 bytes, not one more
+}
+static inline void load_octets(const uint8_t* p, Codes* low, Codes* high) {
+  const auto split = [](__m256i a, __m256i b, __m256i* even, __m256i* odd) {
+    const __m256i first = _mm256_permutevar8x32_epi32(a, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+    const __m256i second = _mm256_permutevar8x32_epi32(b, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+    *even = _mm256_permute2x128_si256(first, second, 0x20);
+    *odd = _mm256_permute2x128_si256(first, second, 0x31);
+  };
+  const Codes a = load_words(p), b = load_words(p + 64);
+  split(a.low, a.high, &low->low, &high->low);
+  split(b.low, b.high, &low->high, &high->high);
+}
+template <int stride>
+static inline Codes in_order(Codes words, int i) {
+  const __m256i half = i < 4 ? words.low : words.high;
+  const __m256i shifts =
+      _mm256_setr_epi32(0, stride, 2 * stride, 3 * stride, 4 * stride, 5 * stride, 6 * stride, 7 * stride);
+  return {_mm256_srlv_epi32(_mm256_permutevar8x32_epi32(half, _mm256_set1_epi32(2 * i % 8)), shifts),
+          _mm256_srlv_epi32(_mm256_permutevar8x32_epi32(half, _mm256_set1_epi32(2 * i % 8 + 1)), shifts)};
+}
 static inline Codes shift_right(Codes a, int n) { return {_mm256_srli_epi32(a.low, n), _mm256_srli_epi32(a.high, n)}; }
 static inline Vec to_float(Codes a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
-static inline void store_bytes(uint8_t* p, Codes a) {
-  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.low, a.high), 0xd8);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+static inline Vec low_byte_above_2_23(Codes a) {
+  const auto above = [](__m256i v) {
+    return _mm256_castsi256_ps(
+        _mm256_or_si256(_mm256_and_si256(v, _mm256_set1_epi32(0xff)), _mm256_set1_epi32(0x4b000000)));
+  };
+  return {above(a.low), above(a.high)};
 }
 static inline Codes to_codes(Vec a) { return {_mm256_cvttps_epi32(a.low), _mm256_cvttps_epi32(a.high)}; }
+static inline __m128i narrow_bytes(Codes a) {
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.low, a.high), 0xd8);
+  return _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
+static inline void store_bytes(uint8_t* p, Codes a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bytes(a));
+}
+static inline void store_bytes_through(uint8_t* p, Codes a, const uint8_t* table) {
+  const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_shuffle_epi8(entries, narrow_bytes(a)));
+}
+static inline Vec gather(const float* table, const uint8_t* p) {
+  const Codes at = load_bytes(p);
+  return {_mm256_i32gather_ps(table, at.low, 4), _mm256_i32gather_ps(table, at.high, 4)};
+}
 
 // vpermps reads the low three bits of an index: 8 levels are one register, 16 are two chosen between by the fourth bit.
 template <int bits>
@@ -76,20 +152,31 @@ struct Table {
   __m256 look_up(__m256i code) const {
     const __m256 lower = _mm256_permutevar8x32_ps(below, code);
     if constexpr (bits < 4) return lower;
-    return _mm256_blendv_ps(lower, _mm256_permutevar8x32_ps(above, code), _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
+    return _mm256_blendv_ps(lower, _mm256_permutevar8x32_ps(above, code),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
   }
 };
 
-template <int repeat>
-static inline Vec load_repeated(const float* p) {
-  if constexpr (repeat == 16) return broadcast(*p);
-  if constexpr (repeat == 8) return {_mm256_set1_ps(p[0]), _mm256_set1_ps(p[1])};
-  return {_mm256_set_m128(_mm_set1_ps(p[1]), _mm_set1_ps(p[0])), _mm256_set_m128(_mm_set1_ps(p[3]), _mm_set1_ps(p[2]))};
-}
+struct LaneScales {
+  Codes from;
+  __m128i read;
+  explicit LaneScales(int count) {
+    alignas(32) int32_t lane[16], wanted[4];
+    for (int l = 0; l < 16; l++) lane[l] = l * count / 16;
+    for (int i = 0; i < 4; i++) wanted[i] = i < count ? -1 : 0;
+    from = load_words(reinterpret_cast<const uint8_t*>(lane));
+    read = _mm_load_si128(reinterpret_cast<const __m128i*>(wanted));
+  }
+  Vec operator()(const float* p) const {
+    const __m256 scales = _mm256_castps128_ps256(_mm_maskload_ps(p, read));
+    return {_mm256_permutevar8x32_ps(scales, from.low), _mm256_permutevar8x32_ps(scales, from.high)};
+  }
+};
 
+template <int bits>
 static inline Codes rank(Vec a, const float* midpoints) {
   Codes r = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-  for (int i = 0; i < 15; i++) {  // a comparison that holds is -1
+  for (int i = 0; i < (1 << bits) - 1; i++) {  // a comparison that holds is -1
     const __m256 mid = _mm256_set1_ps(midpoints[i]);
     r.low = _mm256_sub_epi32(r.low, _mm256_castps_si256(_mm256_cmp_ps(a.low, mid, _CMP_GT_OQ)));
     r.high = _mm256_sub_epi32(r.high, _mm256_castps_si256(_mm256_cmp_ps(a.high, mid, _CMP_GT_OQ)));
@@ -97,11 +184,14 @@ static inline Codes rank(Vec a, const float* midpoints) {
   return r;
 }
 
-static inline __m256 widen_bf16(__m128i half) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16)); }
+static inline __m256 widen_bf16(__m128i half) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
 static inline __m256i narrow_bf16(__m256 a) {
   const __m256i bits = _mm256_castps_si256(a);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i rounded =
+      _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
   const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
   return _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
 }
@@ -121,75 +211,6 @@ static inline void store_f16(uint16_t* p, Vec a) {
   constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.low, nearest));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(a.high, nearest));
-}
-
-// a0 b0 a1 b1 ... of the lower and of the upper lanes
-static inline void interleave(Vec a, Vec b, Vec* low, Vec* high) {
-  const auto halves = [](__m256 x, __m256 y, __m256* first, __m256* second) {
-    const __m256 even = _mm256_unpacklo_ps(x, y), odd = _mm256_unpackhi_ps(x, y);
-    *first = _mm256_permute2f128_ps(even, odd, 0x20);
-    *second = _mm256_permute2f128_ps(even, odd, 0x31);
-  };
-  halves(a.low, b.low, &low->low, &low->high);
-  halves(a.high, b.high, &high->low, &high->high);
-}
-
-template <int bits>
-static inline void store_in_order(float* p, const Vec* v) {
-  if constexpr (bits == 8) {
-    for (int i = 0; i < 8; i++) store(p + 16 * i, v[i]);
-  } else if constexpr (bits == 4) {
-    for (int i = 0; i < 4; i++) {
-      Vec low, high;
-      interleave(v[2 * i], v[2 * i + 1], &low, &high);
-      store(p + 32 * i, low);
-      store(p + 32 * i + 16, high);
-    }
-  } else if constexpr (bits == 2) {
-    for (int i = 0; i < 2; i++) {
-      Vec ac[2], bd[2];
-      interleave(v[4 * i], v[4 * i + 2], &ac[0], &ac[1]);
-      interleave(v[4 * i + 1], v[4 * i + 3], &bd[0], &bd[1]);
-      for (int j = 0; j < 2; j++) {
-        Vec low, high;
-        interleave(ac[j], bd[j], &low, &high);
-        store(p + 64 * i + 32 * j, low);
-        store(p + 64 * i + 32 * j + 16, high);
-      }
-    }
-  } else if constexpr (bits == 3) {
-    for (int octet = 0; octet < 4; octet++) {  // 8 neighbours of each of the four 32s
-      Vec low, high;
-      interleave(v[2 * octet], v[2 * octet + 1], &low, &high);
-      _mm256_storeu_ps(p + 8 * octet, low.low);
-      _mm256_storeu_ps(p + 32 + 8 * octet, low.high);
-      _mm256_storeu_ps(p + 64 + 8 * octet, high.low);
-      _mm256_storeu_ps(p + 96 + 8 * octet, high.high);
-    }
-  } else {
-    float lanes[8][16];
-    for (int i = 0; i < 8; i++) store(lanes[i], v[i]);
-    for (int i = 0; i < 8; i++)
-      for (int l = 0; l < 16; l++) p[code_at(bits, i, l)] = lanes[i][l];
-  }
-}
-
-template <int bits>
-static inline void load_permuted(const float* p, Vec* v) {
-  for (int i = 0; i < 8; i++) {
-    float lanes[16];
-    for (int l = 0; l < 16; l++) lanes[l] = p[code_at(bits, i, l)];
-    v[i] = load(lanes);
-  }
-}
-
-static inline void unpack3(const uint8_t* p, Codes* octet) {
-  uint32_t words[4][4];  // [word of the record][which record]
-  for (int sub = 0; sub < 4; sub++)
-    for (int i = 0; i < 3; i++) std::memcpy(&words[i][sub], p + 12 * sub + 4 * i, 4);
-  for (int sub = 0; sub < 4; sub++)
-    words[3][sub] = (words[0][sub] >> 3 & 0x11111111u) | (words[1][sub] >> 2 & 0x22222222u) | (words[2][sub] >> 1 & 0x44444444u);
-  for (int i = 0; i < 4; i++) octet[i] = load_bytes(reinterpret_cast<const uint8_t*>(words[i]));
 }
 
 }  // namespace qft::avx2

@@ -9,6 +9,10 @@
 
 namespace qft::scalar {
 
+constexpr int kTileOutputs = 1;  // outputs and rows of x of a matmul tile
+constexpr int kTileRows = 1;
+constexpr int kUnroll = 1;  // of the 8 vectors of a block: where registers hold them
+
 struct Vec {
   float lane[16];
 };
@@ -69,9 +73,55 @@ static inline bool any_not_finite(Vec a) {
   return bad;
 }
 
+static inline float lowest(Vec a) {
+  float least = a.lane[0];
+  QFT_LANES least = a.lane[l] < least ? a.lane[l] : least;
+  return least;
+}
+static inline float highest(Vec a) {
+  float most = a.lane[0];
+  QFT_LANES most = a.lane[l] > most ? a.lane[l] : most;
+  return most;
+}
+
+// 16 bytes, 16 little-endian 16-bit or 32-bit words, one a lane
 static inline Codes load_bytes(const uint8_t* p) {
   Codes r;
   QFT_LANES r.lane[l] = p[l];
+  return r;
+}
+static inline Codes load_halves(const uint8_t* p) {
+  Codes r;
+  QFT_LANES r.lane[l] = static_cast<uint32_t>(p[2 * l] | p[2 * l + 1] << 8);
+  return r;
+}
+static inline Codes load_words(const uint8_t* p) {
+  Codes r;
+  std::memcpy(r.lane, p, 64);
+  return r;
+}
+// four 12-byte records of 3-bit codes -> four words of 8 nibbles each; the fourth is spelled by the others' spare bits
+static inline Codes load_records(const uint8_t* p) {
+  Codes r;
+  for (int record = 0; record < 4; record++) {
+    uint32_t* word = r.lane + 4 * record;
+    std::memcpy(word, p + 12 * record, 12);
+    word[3] = (word[0] >> 3 & 0x11111111u) | (word[1] >> 2 & 0x22222222u) | (word[2] >> 1 & 0x44444444u);
+  }
+  return r;
+}
+// 128 bytes: lane l takes bytes 8 l .. 8 l + 3 in low, the next four in high
+static inline void load_octets(const uint8_t* p, Codes* low, Codes* high) {
+  QFT_LANES {
+    std::memcpy(&low->lane[l], p + 8 * l, 4);
+    std::memcpy(&high->lane[l], p + 8 * l + 4, 4);
+  }
+}
+// codes 16 i + l of words that hold 8 each, brought to the bottom of lane l
+template <int stride>
+static inline Codes in_order(Codes words, int i) {
+  Codes r;
+  QFT_LANES r.lane[l] = words.lane[2 * i + l / 8] >> (stride * (l % 8));
   return r;
 }
 static inline Codes shift_right(Codes a, int n) {
@@ -83,10 +133,21 @@ static inline Vec to_float(Codes a) {
   QFT_LANES r.lane[l] = static_cast<float>(a.lane[l]);
   return r;
 }
-static inline void store_bytes(uint8_t* p, Codes a) { QFT_LANES p[l] = static_cast<uint8_t>(a.lane[l]); }
+static inline Vec low_byte_above_2_23(Codes a) {  // 2^23 + the byte: its bits are the mantissa's lowest
+  Vec r;
+  QFT_LANES r.lane[l] = float_of((a.lane[l] & 0xff) | 0x4b000000u);
+  return r;
+}
 static inline Codes to_codes(Vec a) {  // of non-negative whole numbers
   Codes r;
   QFT_LANES r.lane[l] = static_cast<uint32_t>(a.lane[l]);
+  return r;
+}
+static inline void store_bytes(uint8_t* p, Codes a) { QFT_LANES p[l] = static_cast<uint8_t>(a.lane[l]); }
+static inline void store_bytes_through(uint8_t* p, Codes a, const uint8_t* table) { QFT_LANES p[l] = table[a.lane[l]]; }
+static inline Vec gather(const float* table, const uint8_t* p) {
+  Vec r;
+  QFT_LANES r.lane[l] = table[p[l]];
   return r;
 }
 
@@ -102,18 +163,22 @@ struct Table {
   }
 };
 
-// lanes l of the result hold p[l / repeat]
-template <int repeat>
-static inline Vec load_repeated(const float* p) {
-  Vec r;
-  QFT_LANES r.lane[l] = p[l / repeat];
-  return r;
-}
+// spreads `count` numbers, 1, 2 or 4, over the lanes: each to 16 / count of them
+struct LaneScales {
+  int count;
+  explicit LaneScales(int numbers) : count(numbers) {}
+  Vec operator()(const float* p) const {
+    Vec r;
+    QFT_LANES r.lane[l] = p[l * count / 16];
+    return r;
+  }
+};
 
-// how many of the 16 ascending midpoints lie below each lane
+// how many of the ascending midpoints lie below each lane
+template <int bits>
 static inline Codes rank(Vec a, const float* midpoints) {
   Codes r = {};
-  for (int i = 0; i < 15; i++) QFT_LANES r.lane[l] += a.lane[l] > midpoints[i];
+  for (int i = 0; i < (1 << bits) - 1; i++) QFT_LANES r.lane[l] += a.lane[l] > midpoints[i];
   return r;
 }
 
@@ -129,28 +194,6 @@ static inline Vec load_f16(const uint16_t* p) {
 }
 static inline void store_bf16(uint16_t* p, Vec a) { QFT_LANES p[l] = to_bf16(a.lane[l]); }
 static inline void store_f16(uint16_t* p, Vec a) { QFT_LANES p[l] = to_f16(a.lane[l]); }
-
-// 8 vectors in the order of code_at, stored in the codes' own order
-template <int bits>
-static inline void store_in_order(float* p, const Vec* v) {
-  for (int i = 0; i < 8; i++) QFT_LANES p[code_at(bits, i, l)] = v[i].lane[l];
-}
-// 128 floats in the codes' own order, loaded in the order of code_at
-template <int bits>
-static inline void load_permuted(const float* p, Vec* v) {
-  for (int i = 0; i < 8; i++) QFT_LANES v[i].lane[l] = p[code_at(bits, i, l)];
-}
-
-// 48 bytes of 3-bit codes -> the nibbles' bytes of octets 0..3 of each 32 codes: byte l belongs to the (l / 4)th 32 codes
-static inline void unpack3(const uint8_t* p, Codes* octet) {
-  for (int sub = 0; sub < 4; sub++) {
-    uint32_t word[4];
-    std::memcpy(word, p + 12 * sub, 12);
-    word[3] = (word[0] >> 3 & 0x11111111u) | (word[1] >> 2 & 0x22222222u) | (word[2] >> 1 & 0x44444444u);
-    for (int i = 0; i < 4; i++)
-      for (int byte = 0; byte < 4; byte++) octet[i].lane[4 * sub + byte] = word[i] >> (8 * byte) & 0xff;
-  }
-}
 
 #undef QFT_LANES
 
