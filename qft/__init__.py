@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from .adapters.scales import train_only as train_only
     from .format import Format as Format
     from .format import FormatError as FormatError
-    from .init import loftq as loftq
-    from .init import plain as plain
+    from .init.loftq import loftq as loftq
     from .io import load as load
     from .io import save as save
     from .kernels import compile as compile
@@ -46,8 +45,7 @@ _HOME = {
     "explain": "kernels",
     "load": "io",
     "load_scales": "adapters.scales",
-    "loftq": "init",
-    "plain": "init",
+    "loftq": "init.loftq",
     "prepare_for_training": "model",
     "quantize": "tensor",
     "quantize_model": "model",
@@ -63,6 +61,8 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "init":  # qft.init.loftq and its kin
+        return import_module(".init", __name__)
     if name not in _HOME:
         raise AttributeError(f"module 'qft' has no attribute {name!r}")
     value = getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -48,8 +48,9 @@ def encode(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return (code + step).clamp(0, 255)
 
     codes = nearest(absmax)
-    # the map ends at -0.993: where a block's lowest scale is just below 0, that entry may lie above 0; a wider absmax reaches it
-    turned = ((target < 0) & (table[codes] * absmax[:, None] + offset >= 0)).any(1)
+    # the map ends at -0.993 and 1: where a block's extreme scale is just beyond 0, the last entry may not be; a wider absmax is
+    decoded = table[codes] * absmax[:, None] + offset
+    turned = ((target < 0) & (decoded >= 0) | (target > 0) & (decoded <= 0)).any(1)
     if turned.any():
         absmax = torch.where(turned, absmax * (1 + 2**-20) / table[0].abs(), absmax)
         codes = nearest(absmax)

@@ -51,8 +51,11 @@ ROW_ALIGNMENT = 16  # bytes: every row of codes starts on a 16-byte boundary
 
 
 def to_f32(value: float) -> float:
-    """`value` rounded to the nearest float32."""
-    return struct.unpack("<f", struct.pack("<f", value))[0]
+    """`value` rounded to the nearest float32; infinite past its range."""
+    try:
+        return struct.unpack("<f", struct.pack("<f", value))[0]
+    except OverflowError:
+        return math.copysign(math.inf, value)
 
 
 def spell_f32(value: float) -> str:
@@ -163,7 +166,7 @@ def _parse(text: str) -> Format:
     groups = [w for w in words if w == "channel" or re.fullmatch(r"g[1-9]\d*", w)]
     scales = [w for w in words if w in SCALE_BITS]
     zeros = [w for w in words if w == "zero"]
-    if scales == ["f32", "dq"]:  # fp32 is what dq starts from; saying so is not a second scale dtype
+    if sorted(scales) == ["dq", "f32"]:  # fp32 is what dq starts from; saying so is not a second scale dtype
         scales = ["dq"]
     known = len(groups) + len(zeros) + sum(w in SCALE_BITS for w in words)
     if known < len(words) or len(groups) != 1 or len(scales) > 1 or len(zeros) > 1 or not _is_code(code):
@@ -183,7 +186,7 @@ def _read_levels(code: str) -> tuple[float, ...]:
     words = code[1:-1].replace(",", " ").split()
     try:
         levels = tuple(to_f32(float(word)) for word in words)
-    except (ValueError, OverflowError):
+    except ValueError:
         raise FormatError(f"levels {code} hold something that is not an fp32 number; write for example [-1 -0.25 0.3 1]") from None
     if not 2 <= len(levels) <= 16:
         raise FormatError(f"levels {code} number {len(levels)}; a codebook has 2 to 16 levels")
@@ -200,6 +203,8 @@ def _nearest(text: str) -> str:
     words = text.lower().replace(",", " ").split()
     codes = (*CODEBOOKS, *INTEGERS)
     bracketed = re.match(r"\s*(\[[^\]]*\])", text)
+    if bracketed:
+        _read_levels(bracketed[1])  # says first what is wrong with the levels themselves
     code = bracketed[1] if bracketed else (difflib.get_close_matches(words[0] if words else "", codes, 1, 0) or ["nf4"])[0]
     rest = text[bracketed.end() :].lower().split() if bracketed else words[1:]
     group, scale, zero = "g64", "f32", ""

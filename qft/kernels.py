@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from . import native, reference
 from .compiler.emit import ISA_FLAGS, generic_code
-from .compiler.jit import CompilerMissing, build
+from .compiler.jit import build
 from .format import CODEBOOKS, INTEGERS, Format
 from .notices import say_once
 
@@ -122,12 +123,17 @@ def _compiled(fmt: Format, isa: str) -> bool:
         return True
     if _is_built(fmt):
         return False
-    try:
-        compile(fmt)
-    except CompilerMissing as missing:
-        say_once(f"{fmt.code} runs on the generic kernel, which is slower: {missing}")
-        return False
+    _compile_at_first_need(fmt.code)
     return (fmt.code, isa) in native.tables()
+
+
+@lru_cache(maxsize=None)
+def _compile_at_first_need(code: str) -> None:
+    """Tried once per process: a compiler that fails is not run again at every call."""
+    try:
+        compile(Format(code, 64))
+    except OSError as reason:
+        say_once(f"{code} runs on the generic kernel, which is slower: {reason}")
 
 
 def compile(fmt: Format | str) -> list[str]:
@@ -139,7 +145,7 @@ def compile(fmt: Format | str) -> list[str]:
 
     Raises:
         FormatError: `fmt` spells no format.
-        OSError: no C++ compiler was found, or it failed.
+        OSError: no C++ compiler was found, it failed, or the cache cannot be written.
     """
     fmt = Format.parse(fmt)
     wanted = [isa for isa in native.instruction_sets() if (fmt.code, isa) not in native.tables()]
@@ -190,6 +196,16 @@ def _select(verb: str, q: QuantTensor, dtype: torch.dtype, rows: int = 0, name: 
     return kernel
 
 
+def _check_operand(operand: Tensor, q: QuantTensor, width: int, name: str) -> None:
+    """Raise unless `operand` is a floating matrix `[rows, width]` on the weight's device."""
+    if not operand.is_floating_point():
+        raise TypeError(f"{name} is {operand.dtype}; kernels take floating tensors, convert it with .float()")
+    if operand.dim() != 2 or operand.shape[1] != width:
+        raise ValueError(f"{name} has shape {tuple(operand.shape)}, expected (rows, {width}) for a weight of shape {q.shape}")
+    if operand.device != q.weight.device:
+        raise ValueError(f"{name} is on {operand.device}, but the weight is on {q.weight.device}; move one to the other")
+
+
 def _table_of(fmt: Format, kernel: str) -> tuple[str, str]:
     """(code, instruction set) of a compiled kernel by its row's name."""
     return (generic_code(fmt), "scalar") if kernel == "generic" else (fmt.code, kernel)
@@ -222,6 +238,7 @@ def dequantize(q: QuantTensor, dtype: torch.dtype = torch.float32, kernel: str |
 
 def matmul(x: Tensor, q: QuantTensor, kernel: str | None = None) -> Tensor:
     """y = x Wt: `[rows, out]` in x's dtype, for x `[rows, in]`."""
+    _check_operand(x, q, q.shape[1], "x")
     name = _select("matmul", q, x.dtype, x.shape[0], kernel)
     if name == "reference":
         return reference.matmul(x, dequantize(q, x.dtype, "reference"))
@@ -232,6 +249,7 @@ def matmul(x: Tensor, q: QuantTensor, kernel: str | None = None) -> Tensor:
 
 def matmul_t(dy: Tensor, q: QuantTensor, kernel: str | None = None) -> Tensor:
     """dx = dy W: `[rows, in]` in dy's dtype, for dy `[rows, out]`."""
+    _check_operand(dy, q, q.shape[0], "dy")
     name = _select("matmul_t", q, dy.dtype, dy.shape[0], kernel)
     if name == "reference":
         return reference.matmul_t(dy, dequantize(q, dy.dtype, "reference"))
@@ -242,6 +260,10 @@ def matmul_t(dy: Tensor, q: QuantTensor, kernel: str | None = None) -> Tensor:
 
 def scale_grad(dy: Tensor, x: Tensor, q: QuantTensor, kernel: str | None = None) -> Tensor:
     """Gradient of the scales, fp32 `[out, groups]`, for dy `[rows, out]` and x `[rows, in]`; dW exists a panel at a time."""
+    _check_operand(dy, q, q.shape[0], "dy")
+    _check_operand(x, q, q.shape[1], "x")
+    if dy.shape[0] != x.shape[0] or dy.dtype != x.dtype:
+        raise ValueError(f"dy has {dy.shape[0]} rows of {dy.dtype} and x {x.shape[0]} of {x.dtype}; they must be the same")
     name = _select("scale_grad", q, x.dtype, x.shape[0], kernel)
     if name == "reference":
         return reference.scale_grad(dy, x, q.unpack(), q.zeros, q.format)
@@ -259,9 +281,9 @@ def _panels(total: int, bytes_each: int, multiple: int) -> list[tuple[int, int]]
     return [(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def _product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """torch.mm multiplies fp16 on a CPU up to a hundred times slower than fp32: fp16 goes through fp32 panels."""
-    return torch.float32 if dtype == torch.float16 else dtype
+def product_dtype(dtype: torch.dtype, device: str = "cpu") -> torch.dtype:
+    """Dtype for dense products of `dtype`: torch.mm multiplies fp16 on a CPU up to a hundred times slower than fp32."""
+    return torch.float32 if dtype == torch.float16 and device == "cpu" else dtype
 
 
 def _row_chunks(rows: int, width: int) -> list[tuple[int, int]]:
@@ -271,7 +293,7 @@ def _row_chunks(rows: int, width: int) -> list[tuple[int, int]]:
 
 def _panel_matmul(x: Tensor, q: QuantTensor) -> Tensor:
     out, in_features = q.shape
-    dtype = _product_dtype(x.dtype)
+    dtype = product_dtype(x.dtype)
     y = torch.empty(x.shape[0], out, dtype=x.dtype)
     panels = _panels(out, in_features * dtype.itemsize, 16)
     scratch = torch.empty(panels[0][1], in_features, dtype=dtype)
@@ -289,7 +311,7 @@ def _panel_matmul(x: Tensor, q: QuantTensor) -> Tensor:
 
 def _panel_matmul_t(dy: Tensor, q: QuantTensor) -> Tensor:
     out, in_features = q.shape
-    dtype = _product_dtype(dy.dtype)
+    dtype = product_dtype(dy.dtype)
     dx = torch.empty(dy.shape[0], in_features, dtype=dy.dtype)
     panels = _panels(in_features, out * dtype.itemsize, native.BLOCK)
     scratch = torch.empty(out * panels[0][1], dtype=dtype)
@@ -307,7 +329,7 @@ def _panel_matmul_t(dy: Tensor, q: QuantTensor) -> Tensor:
 
 def _panel_scale_grad(dy: Tensor, x: Tensor, q: QuantTensor) -> Tensor:
     out, in_features = q.shape
-    dtype = _product_dtype(x.dtype)
+    dtype = product_dtype(x.dtype)
     ds = torch.empty(out, q.format.groups(in_features), dtype=torch.float32)
     panels = _panels(out, in_features * dtype.itemsize, 16)
     scratch = torch.empty(panels[0][1], in_features, dtype=dtype)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,14 +81,14 @@ class Report:
 @dataclass(frozen=True)
 class _Target:
     path: str
-    module: nn.Module
+    module: Any  # nn.Linear or Conv1D
     fmt: Format
     places: tuple[tuple[nn.Module, str], ...]  # (parent, attribute): a module shared by several parents has several
 
     @property
     def weight(self) -> Tensor:
         """`[out, in]`; GPT-2's Conv1D stores the transpose."""
-        weight = self.module.weight
+        weight: Tensor = self.module.weight
         return weight.T if _is_conv1d(self.module) else weight
 
 
@@ -167,7 +167,7 @@ def quantize_model(
                 setattr(parent, name, layer)
             advance(target.path)
     if isinstance(_output_head(model), QuantLinear):
-        model.config.tie_word_embeddings = False  # a packed head is a matrix of its own; tying again would undo it
+        cast(Any, model).config.tie_word_embeddings = False  # a packed head is a matrix of its own; tying again would undo it
     return model
 
 
@@ -198,7 +198,7 @@ def _quantized(
 def _relative_error(weight: Tensor, layer: QuantLinear) -> float:
     """Frobenius norm of W - Q - scaling * B A, over that of W."""
     residual = weight.float() - layer.dequantize()
-    if layer.lora_rank:
+    if layer.lora_A is not None and layer.lora_B is not None:
         residual = torch.addmm(residual, layer.lora_B.float(), layer.lora_A.float(), alpha=-layer.lora_scaling)
     norm = weight.float().norm()
     return (residual.norm() / norm).item() if norm else 0.0
@@ -233,7 +233,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
+    getter: Any = getattr(model, "get_output_embeddings", None)
     return getter() if callable(getter) else None
 
 
@@ -329,13 +329,13 @@ def _bar(wanted: bool, total: int) -> Iterator[Callable[[str], None]]:
 
 def report(model: nn.Module) -> Report:
     """What of a model is quantized, in which formats and bytes, and what is dense and why."""
-    layers, counted = [], set()
+    layers: list[LayerReport] = []
+    counted: set[int] = set()
     for path, module in model.named_modules():
         if isinstance(module, QuantLinear):
             q = module.quant_tensor
-            dense = getattr(module, "dense_nbytes", 2 * q.shape[0] * q.shape[1])
-            errors = getattr(module, "init_errors", ())
-            layers.append(LayerReport(path, q.format, q.shape, q.nbytes, dense, module.lora_rank, errors))
+            dense = module.dense_nbytes or 2 * q.shape[0] * q.shape[1]
+            layers.append(LayerReport(path, q.format, q.shape, q.nbytes, dense, module.lora_rank, module.init_errors))
             counted.update(map(id, q.tensors().values()))
         elif isinstance(module, nn.Linear) or _is_conv1d(module):
             rows, columns = module.weight.shape
@@ -369,15 +369,16 @@ def prepare_for_training(model: nn.Module, gradient_checkpointing: bool = True) 
     for parameter in model.parameters():
         if id(parameter) not in ours:
             parameter.requires_grad_(False)
+    offered: Any = model
     if gradient_checkpointing:
         if hasattr(model, "activation_checkpointing_enable"):  # transformers' newer name
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            offered.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         elif hasattr(model, "gradient_checkpointing_enable"):
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            offered.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         else:
             say_once(f"{type(model).__name__} offers no gradient checkpointing; activations are kept")
     if hasattr(model, "enable_input_require_grads"):
-        model.enable_input_require_grads()
+        offered.enable_input_require_grads()
     _GradientCheck(model)
     return model
 

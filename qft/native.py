@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .double_quant import dynamic_map
-from .format import ZERO_DTYPE, Format
+from .format import DQ_BLOCK, ZERO_DTYPE, Format
 from .reference import TORCH_DTYPE
 
 try:
-    from . import _native
+    _native: Any = import_module("qft._native")
 except ImportError as error:
     raise ImportError(
         f"qft's compiled module did not load ({error}); build it with `pip install .` in a checkout of qft"
@@ -37,9 +38,11 @@ _forked = False
 def _note_fork() -> None:
     global _forked
     _forked = True
+    torch.set_num_threads(1)
 
 
-# libgomp's threads do not survive fork, and neither do torch's: a child that used them would wait for ever.
+# libgomp's threads do not survive fork, and neither do torch's: a child that used them would wait for ever. One thread is
+# what torch's own data loader gives its workers.
 os.register_at_fork(after_in_child=_note_fork)
 
 
@@ -66,8 +69,11 @@ def tables() -> dict[tuple[str, str], Any]:
 
 
 def load(path: str) -> None:
-    """Add the kernels of a library made by `qft.compile`."""
-    kernels = _native.load_kernels(path)
+    """Add the kernels of a library made by `qft.compile`; OSError where the machine refuses it."""
+    try:
+        kernels = _native.load_kernels(path)
+    except ImportError as error:
+        raise OSError(f"{path} did not load: {error}") from error
     tables()[kernels.code, kernels.isa] = kernels
 
 
@@ -83,8 +89,10 @@ def _dynamic_map() -> Tensor:
     return dynamic_map().contiguous()
 
 
-def check(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> int:
+def check(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> int:
     """Address of a contiguous CPU tensor of this shape and dtype; ValueError or TypeError names what differs."""
+    if tensor is None:
+        raise ValueError(f"{name} is missing; this format needs it with shape {shape} and {dtype}")
     if tensor.device.type != "cpu":
         raise ValueError(f"{name} is on {tensor.device}, but this kernel runs on the CPU; move it with .cpu()")
     if tensor.dtype != dtype:
@@ -100,15 +108,13 @@ def _weight(q: QuantTensor) -> Any:
     fmt, (out, in_features) = q.format, q.shape
     groups = fmt.groups(in_features)
     scale_dtype = torch.uint8 if fmt.scale == "dq" else TORCH_DTYPE[fmt.scale]
-    dq = q.weight_scales_absmax is not None and q.weight_scales_offset is not None
+    dq, blocks = fmt.scale == "dq", -(-out * groups // DQ_BLOCK)
     return _native.Weight(
         codes=check(q.weight, (out, fmt.row_bytes(in_features)), torch.uint8, "weight"),
         scales=check(q.weight_scales, (out, groups), scale_dtype, "weight_scales"),
-        zeros=0
-        if q.weight_zeros is None
-        else check(q.weight_zeros, (out, groups), TORCH_DTYPE[ZERO_DTYPE[fmt.scale]], "weight_zeros"),
-        absmax=q.weight_scales_absmax.data_ptr() if dq else 0,
-        offset=q.weight_scales_offset.data_ptr() if dq else 0,
+        zeros=check(q.weight_zeros, (out, groups), TORCH_DTYPE[ZERO_DTYPE[fmt.scale]], "weight_zeros") if fmt.zero else 0,
+        absmax=check(q.weight_scales_absmax, (blocks,), torch.float32, "weight_scales_absmax") if dq else 0,
+        offset=check(q.weight_scales_offset, (1,), torch.float32, "weight_scales_offset") if dq else 0,
         dynamic_map=_dynamic_map().data_ptr() if dq else 0,
         levels=_levels(fmt).data_ptr(),
         out=out,
@@ -172,6 +178,8 @@ def matmul(x: Tensor, q: QuantTensor, code: str, isa: str) -> Tensor:
     out, in_features = q.shape
     rows = x.shape[0]
     y = torch.empty(rows, out, dtype=x.dtype)
+    if not rows:
+        return y
     workspace = torch.empty(rows, -(-in_features // BLOCK) * BLOCK)
     tables()[code, isa].matmul(
         weight=_weight(q),
@@ -190,6 +198,8 @@ def matmul_t(dy: Tensor, q: QuantTensor, code: str, isa: str) -> Tensor:
     out, in_features = q.shape
     rows = dy.shape[0]
     dx = torch.empty(rows, in_features, dtype=dy.dtype)
+    if not rows:
+        return dx
     tables()[code, isa].matmul_t(
         weight=_weight(q),
         dy=check(dy, (rows, out), dy.dtype, "dy"),

@@ -35,6 +35,12 @@ class QuantLinear(nn.Linear):
         device, dtype: of bias; codes and scales have the format's dtypes.
     """
 
+    bias: nn.Parameter | None  # type: ignore[assignment]  # nn.Linear's stub leaves None out
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter | None
+    init_errors: tuple[float, ...] = ()  # relative error after each step of the start this layer came from
+    dense_nbytes: int = 0  # of the dense weight it came from; 0 where that is not known
+
     def __init__(
         self,
         in_features: int,
@@ -73,7 +79,13 @@ class QuantLinear(nn.Linear):
     @property
     def quant_tensor(self) -> QuantTensor:
         """The stored tensors, as they are: no copy."""
-        return QuantTensor(self.format, (self.out_features, self.in_features), *(self._parameters[name] for name in ops.STORED))
+        stored: Any = [self._parameters[name] for name in ops.STORED]
+        return QuantTensor(self.format, (self.out_features, self.in_features), *stored)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes are."""
+        return self._parameters["weight"].device  # type: ignore[union-attr]
 
     def set_quantized(self, q: QuantTensor) -> None:
         """Replace the stored weight, its format included; what trained before does not train any more."""
@@ -126,7 +138,7 @@ class QuantLinear(nn.Linear):
         alpha = float(rank if alpha is None else alpha)
         if not (math.isfinite(alpha) and alpha > 0):
             raise ValueError(f"alpha={alpha} must be a positive number")
-        device = self._parameters["weight"].device
+        device = self.device
         dtype = torch.float32 if self.bias is None else self.bias.dtype
         shapes = {"A": (rank, self.in_features), "B": (self.out_features, rank)}
         for factor, value in (("A", A), ("B", B)):
@@ -166,11 +178,11 @@ class QuantLinear(nn.Linear):
         y = torch.ops.qft.matmul(x, *stored, str(self.format), self.in_features)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
-        return y if self.lora_A is None else y + self._lora(x)
+        return y if self.lora_A is None or self.lora_B is None else y + self._lora(x, self.lora_A, self.lora_B)
 
-    def _lora(self, x: Tensor) -> Tensor:
+    def _lora(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         dtype = kernels.product_dtype(x.dtype, x.device.type)
-        a, b = self.lora_A.to(dtype), (self.lora_B * self.lora_scaling).to(dtype)
+        a, b = a.to(dtype), (b * self.lora_scaling).to(dtype)
         low = nn.functional.linear(self.lora_dropout(x).to(dtype), a)
         return nn.functional.linear(low, b).to(x.dtype)
 
@@ -179,9 +191,8 @@ class QuantLinear(nn.Linear):
             raise TypeError(f"QuantLinear got {x.dtype} input; convert it with .float() or .bfloat16()")
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(f"input has shape {tuple(x.shape)}; its last dimension must be in_features={self.in_features}")
-        device = self._parameters["weight"].device
-        if x.device != device:
-            raise ValueError(f"input is on {x.device}, the weight on {device}; move one of them")
+        if x.device != self.device:
+            raise ValueError(f"input is on {x.device}, the weight on {self.device}; move one of them")
 
     # -------------------------------------------------------------------------------------------------- nn.Module
 

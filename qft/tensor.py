@@ -101,7 +101,7 @@ def quantize(weight: Tensor, fmt: Format | str, *, kernel: str | None = None, na
     Raises:
         FormatError: `fmt` spells no format, or a scale overflows its dtype.
         TypeError: the weight is not a floating tensor.
-        ValueError: it is not a matrix, is empty, or holds NaN or Inf.
+        ValueError: it is not a matrix, is empty, is on the meta device, or holds NaN or Inf.
     """
     fmt = Format.parse(fmt)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
@@ -111,6 +111,8 @@ def quantize(weight: Tensor, fmt: Format | str, *, kernel: str | None = None, na
         raise ValueError(f"{name} has shape {tuple(weight.shape)}; quantize takes a matrix [out, in], reshape it first")
     if not weight.numel():
         raise ValueError(f"{name} has shape {tuple(weight.shape)}, which holds no weights; quantize needs at least one")
+    if weight.is_meta:
+        raise ValueError(f"{name} is on the meta device, which holds no values; load or initialise it before quantizing")
     out, in_features = weight.shape
     dense = weight.detach()
     if dense.dtype not in reference.TORCH_DTYPE.values():
@@ -121,15 +123,20 @@ def quantize(weight: Tensor, fmt: Format | str, *, kernel: str | None = None, na
         raise ValueError(
             f"{name}[{row}, {column}] is {dense[row, column].item()}; only finite weights can be quantized, repair it first"
         )
+    _refuse_overflow(scales, fmt, name)
     if fmt.scale == "dq":
         scale_codes, absmax, offset = double_quant.encode(scales)
         return QuantTensor(fmt, (out, in_features), codes, scale_codes, zeros, absmax, offset)
-    _refuse_overflow(scales, fmt, name)
     return QuantTensor(fmt, (out, in_features), codes, scales, zeros)
 
 
 def _refuse_overflow(scales: Tensor, fmt: Format, name: str) -> None:
-    if fmt.scale == "f16" and not scales.isfinite().all():
-        row, group = (~scales.isfinite()).nonzero()[0].tolist()
-        wider = Format(fmt.code, fmt.group, "f32", fmt.zero)
-        raise FormatError(f"the scale of {name}, row {row}, group {group} exceeds fp16's 65504; use bf16 or f32, such as '{wider}'")
+    if scales.isfinite().all():
+        return
+    row, group = (~scales.isfinite()).nonzero()[0].tolist()
+    wider = Format(fmt.code, fmt.group, "f32", fmt.zero)
+    rule, way_out = {
+        "f16": ("fp16's 65504", f"use bf16 or f32, such as '{wider}'"),
+        "bf16": ("bf16's 3.39e38", f"use f32, such as '{wider}'"),
+    }.get(fmt.scale, ("fp32's 3.4e38", "make the weight smaller, or the format's largest level nearer 1"))
+    raise FormatError(f"the scale of {name}, row {row}, group {group} exceeds {rule}; {way_out}")

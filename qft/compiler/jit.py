@@ -1,7 +1,8 @@
 """Kernels built at run time by the system's C++ compiler, kept in a cache by content.
 
-A library's name is the hash of everything that decides its bytes: emitted source, templates, flags, compiler version.
-It is written under a temporary name and renamed, so that a reader never sees half of one.
+A library's name is the hash of what it was made from: emitted source, templates, flags, processor family. It is built under
+a temporary name, sealed with the hash of its bytes and renamed: a reader sees a whole one or none, and a damaged one is
+built again. Once it is there no compiler is needed.
 """
 
 from __future__ import annotations
@@ -39,13 +40,10 @@ def template_folder() -> Path:
     raise CompilerMissing(f"the kernel templates are missing beside {package}; reinstall qft")
 
 
-@lru_cache(maxsize=1)
-def _compiler() -> tuple[str, str]:
-    """Path and version text of the compiler."""
+def _compiler() -> str:
     for name in COMPILERS:
         if path := shutil.which(name):
-            version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
-            return path, version
+            return path
     raise CompilerMissing(f"no C++ compiler is on the path ({', '.join(COMPILERS)}); install one to compile formats of your own")
 
 
@@ -63,35 +61,48 @@ def build(code: str, isas: list[str]) -> list[Path]:
 
     Raises:
         CompilerMissing: there is no compiler, or it failed; the message carries its first error line.
+        OSError: the cache cannot be written.
     """
-    compiler, version = _compiler()
     source = emit_loadable(code)
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    running: list[tuple[Path, Path, subprocess.Popen[str]]] = []
-    libraries = []
+    flags = {isa: (*FLAGS, *ISA_FLAGS[isa], f"-DQFT_ISA={isa}") for isa in isas}
+    libraries = {}
     for isa in isas:
-        command = [compiler, *FLAGS, *ISA_FLAGS[isa], f"-DQFT_ISA={isa}", "-I", str(template_folder()), "-shared", "-x", "c++", "-"]
-        key = "\0".join((source, _templates_hash(), version, platform.machine(), *command[1:-2]))
-        library = folder / f"{symbol(code)}-{isa}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
-        libraries.append(library)
-        if library.exists():
-            continue
-        handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
-        os.close(handle)
-        process = subprocess.Popen(
-            [*command, "-o", temporary], stdin=subprocess.PIPE, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-        )
-        if process.stdin:
-            process.stdin.write(source)
-            process.stdin.close()
-            process.stdin = None
-        running.append((library, Path(temporary), process))
-    for library, temporary_path, process in running:
-        _, errors = process.communicate()
+        key = "\0".join((source, _templates_hash(), platform.machine(), *flags[isa]))
+        libraries[isa] = cache_folder() / f"{symbol(code)}-{isa}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
+    missing = {isa: flags[isa] for isa in isas if not _is_whole(libraries[isa])}
+    if missing:
+        compiler = _compiler()
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
+            for isa, built in _compile(compiler, code, source, missing, Path(folder)).items():
+                _seal(built)
+                os.replace(built, libraries[isa])  # atomic: processes that build the same kernels all end with a whole file
+    return list(libraries.values())
+
+
+def _compile(compiler: str, code: str, source: str, flags: dict[str, tuple[str, ...]], folder: Path) -> dict[str, Path]:
+    """One library per instruction set in `folder`, all compilers running at once."""
+    text = folder / "kernels.cpp"
+    text.write_text(source)
+    built = {isa: folder / f"{isa}.so" for isa in flags}
+    running = []
+    for isa, options in flags.items():
+        command = [compiler, *options, "-I", str(template_folder()), "-shared", str(text), "-o", str(built[isa])]
+        running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    outputs = [process.communicate()[0] for process in running]
+    for process, output in zip(running, outputs, strict=True):
         if process.returncode:
-            temporary_path.unlink(missing_ok=True)
-            first = next((line for line in errors.splitlines() if "error" in line), errors[:200])
+            first = next((line for line in output.splitlines() if "error" in line), output[:200].strip())
             raise CompilerMissing(f"{compiler} could not compile {code}: {first}")
-        os.replace(temporary_path, library)  # atomic: two processes that build the same kernels both end with a whole file
-    return libraries
+    return built
+
+
+def _seal(library: Path) -> None:
+    """Append the hash of the library's bytes; the loader ignores what follows them."""
+    content = library.read_bytes()
+    library.write_bytes(content + hashlib.sha256(content).digest())
+
+
+def _is_whole(library: Path) -> bool:
+    content = library.read_bytes() if library.is_file() else b""
+    return content[-32:] == hashlib.sha256(content[:-32]).digest()

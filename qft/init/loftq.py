@@ -16,7 +16,6 @@ from .svd import METHODS, low_rank, seeded
 ORDERS = ("quantize-first", "svd-first")
 
 
-@torch.no_grad()
 def loftq(
     w: Tensor,
     fmt: Format | str,
@@ -32,10 +31,10 @@ def loftq(
 ) -> tuple[QuantTensor, Tensor, Tensor]:
     """Find Q, A and B with W ≈ Q + scaling · B · A (LoftQ, algorithm 1), keeping the best iterate.
 
-    A step quantizes W − scaling · B · A and fits B · A to W − Q by a truncated SVD. The first starts from B · A = 0, so
-    its codes are those of `qft.quantize`. Step 0 is plain quantization, and the step of least error is returned: never
-    worse than plain. The scaling is folded into A and B, so that the error does not depend on alpha. Arithmetic is fp32;
-    beside `w` two dense fp32 matrices are held, three where `w` is not fp32 (the exact SVD takes more).
+    A step quantizes W − scaling · B · A and fits B · A to W − Q by a truncated SVD. The first starts from B · A = 0,
+    so its codes are those of `qft.quantize`. Step 0 is plain quantization, and the step of least error is returned:
+    never worse than plain. The scaling is folded into A and B, so that the error does not depend on alpha. Arithmetic
+    is fp32; beside `w` two dense fp32 matrices are held, three where `w` is not fp32 (the exact SVD takes more).
 
     Args:
         w: `[out, in]`, floating, finite.
@@ -63,10 +62,25 @@ def loftq(
     rank = whole_number(rank, "rank", min(q.shape))
     scaling = _scaling(rank, alpha, rslora)
 
-    dense = w.detach().float().contiguous()
+    with torch.no_grad(), torch.autocast(w.device.type, enabled=False):
+        return _alternate(w, q, rank, iters, scaling, svd, order == "svd-first", on_step)
+
+
+def _alternate(
+    w: Tensor,
+    q: QuantTensor,
+    rank: int,
+    iters: int,
+    scaling: float,
+    svd: str,
+    svd_first: bool,
+    on_step: Callable[[int, float], None] | None,
+) -> tuple[QuantTensor, Tensor, Tensor]:
+    """The steps, from the plain quantization `q` of `w`; returns the best."""
+    dense = w.float().contiguous()
     unit = _unit(dense)
-    start = dense / unit
-    norm = _norm(start)
+    target = dense / unit
+    norm = _norm(target)
 
     def report(step: int, remaining: Tensor) -> float:
         error = _norm(remaining) / norm if norm else 0.0
@@ -77,16 +91,16 @@ def loftq(
     residual = _residual(dense, q, unit)
     least = report(0, residual)
     best = (q, *idle_factors(q.shape, rank, w.device, seeded(w.device)))
-    if order == "svd-first":
-        residual = start
-    del start
+    if svd_first:
+        residual = target
+    del target
     for step in range(1, iters + 1 if rank else 1):
-        if order == "svd-first":
+        if svd_first:
             a, b = low_rank(residual, rank, svd)
-        if order == "svd-first" or step > 1:
-            q = quantize(torch.addmm(dense, b, a, alpha=-unit), fmt, name=name)
+        if svd_first or step > 1:
+            q = quantize(torch.addmm(dense, b, a, alpha=-unit), q.format)
             residual = _residual(dense, q, unit)
-        if order == "quantize-first":
+        if not svd_first:
             a, b = low_rank(residual, rank, svd)
         error = report(step, torch.addmm(residual, b, a, alpha=-1))
         if error < least:

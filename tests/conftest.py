@@ -1,0 +1,68 @@
+"""What every test has: a fixed seed, a kernel cache of its own, and outputs that show what was not written."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernel_cache(tmp_path_factory):
+    """Kernels compiled by the tests go to a folder of the session, never to the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("kernels")
+        patch.setenv("QFT_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads():
+    """Most tensors here are tiny: more threads than the smallest machine has only wait for each other."""
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Every torch.empty is full of NaN, or of 0xA5 where it holds bytes: what a kernel does not write is seen."""
+    empty = torch.empty
+
+    def poison(*args, **keywords):
+        tensor = empty(*args, **keywords)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 0xA5)
+
+    monkeypatch.setattr(torch, "empty", poison)
+
+
+@pytest.fixture
+def threads():
+    """Set torch's thread count; it is put back after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def python():
+    """Run a program in a fresh interpreter; returns what it printed, and fails with what it said on stderr."""
+
+    def run(program: str, *, timeout: float = 120, **environment: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, **environment},
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        return done.stdout
+
+    return run
