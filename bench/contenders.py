@@ -1,0 +1,291 @@
+"""Every case as a call that is ready to be timed, once what it returns has been compared with the reference.
+
+Where a path trains, x requires grad, so that all of them pay for autograd.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from cases import NEVER_GRAD, Case
+from torch import Tensor
+
+import qft
+from qft import kernels, ops, reference
+from qft.format import Format
+
+DTYPE = {"bf16": torch.bfloat16, "f32": torch.float32}
+# On |out - truth| / |truth|: bf16 rounds x, weight and y at 2^-9 each, and two peers hold their scales in bf16.
+TOLERANCE = {"bf16": 5e-3, "f32": 1e-5}
+SAMPLE = (17, 585)  # rows and columns of a result that are compared, at least
+
+
+class UnavailableError(OSError):
+    """This machine or environment cannot run the case; the message says why."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A weight in someone's storage; rows and verb of the case play no part.
+
+    Attributes:
+        nbytes: stored.
+        expected: fp32 `[out, in]`, what its products must show.
+        forward: x `[rows, in]` -> y `[rows, out]`.
+        quantize: makes the storage from the dense weight.
+        dequantize: the storage `quantize` returns -> dense.
+        scale_grad: x, dy -> a call for the gradient of the scales; of the weight, for a dense one.
+    """
+
+    nbytes: int
+    expected: Tensor
+    forward: Callable[[Tensor], Tensor]
+    quantize: Callable[[], Any] | None = None
+    dequantize: Callable[[Any], Tensor] | None = None
+    scale_grad: Callable[[Tensor, Tensor], Callable[[], Tensor]] | None = None
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A checked call, and the least it costs: bytes that cross memory where nothing is cached, and operations."""
+
+    call: Callable[[], Any]
+    error: float
+    nbytes: int
+    read: int
+    written: int
+    operations: int
+    kernel: str
+
+
+@lru_cache(maxsize=2)
+def dense(shape: tuple[int, int], dtype: str) -> Tensor:
+    """A weight as training leaves it: normal, standard deviation 0.02."""
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(DTYPE[dtype])
+
+
+@lru_cache(maxsize=2)
+def oracle(shape: tuple[int, int], dtype: str, fmt: str) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Codes, zero points and dequantized weight as the reference has them."""
+    codes, scales, zeros = reference.quantize(dense(shape, dtype), Format.parse(fmt))
+    return codes, zeros, reference.dequantize(codes, scales, zeros, Format.parse(fmt))
+
+
+def operand(case: Case, width: int, seed: int) -> Tensor:
+    """x or dy: `[rows, width]`."""
+    return torch.randn(case.rows, width, generator=torch.Generator().manual_seed(seed)).to(DTYPE[case.dtype])
+
+
+# ---- contenders
+
+
+def _qft(case: Case) -> Contender:
+    w, dtype = dense(case.shape, case.dtype), DTYPE[case.dtype]
+    q = qft.quantize(w, case.fmt)
+    trained = replace(q, weight_scales=q.weight_scales.clone().requires_grad_())
+
+    def forward(x: Tensor) -> Tensor:
+        return kernels.matmul(x, q, case.kernel) if case.kernel else ops.matmul(x, q)
+
+    def scale_grad(x: Tensor, dy: Tensor) -> Callable[[], Tensor]:
+        y = ops.matmul(x, trained)
+        return lambda: torch.autograd.grad(y, trained.weight_scales, dy, retain_graph=True)[0]
+
+    return Contender(
+        q.nbytes,
+        oracle(case.shape, case.dtype, case.fmt)[2],
+        forward,
+        lambda: qft.quantize(w, case.fmt),
+        lambda stored: stored.dequantize(dtype),
+        scale_grad,
+    )
+
+
+def _torch(case: Case) -> Contender:
+    w = dense(case.shape, case.dtype)
+    forward = partial(torch.nn.functional.linear, weight=w)
+    return Contender(w.nbytes, w.float(), forward, scale_grad=lambda x, dy: lambda: dy.T @ x)
+
+
+def _torch_int4(case: Case) -> Contender:
+    """Asymmetric int4: w = (code - 8) * scale + zero per group of 64, scale and zero bf16 side by side."""
+    grouped = dense(case.shape, case.dtype).float().unflatten(1, (-1, 64))
+    low, high = grouped.amin(2, keepdim=True), grouped.amax(2, keepdim=True)
+    scale = ((high - low) / 15).bfloat16().float()
+    zero = (low + 8 * scale).bfloat16().float()
+    codes = ((grouped - zero) / scale + 8).round().clamp(0, 15)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int().flatten(1), 1)
+    pairs = torch.cat([scale, zero], 2).transpose(0, 1).bfloat16().contiguous()
+    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+    expected = ((codes - 8) * scale + zero).flatten(1)
+    return Contender(packed.nbytes + pairs.nbytes, expected, lambda x: multiply(x, packed, 64, pairs))
+
+
+@lru_cache(maxsize=1)
+def _bitsandbytes() -> ModuleType:
+    # It says at import that an optional download is missing; its own kernel is what is timed here.
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    log.addFilter(lambda record: not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward"))
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise UnavailableError("bitsandbytes is not installed; install it with: pip install bitsandbytes") from None
+    return bitsandbytes
+
+
+def _bnb(case: Case) -> Contender:
+    bnb, w = _bitsandbytes(), dense(case.shape, case.dtype)
+
+    def quantize() -> tuple[Tensor, Any]:
+        return bnb.functional.quantize_4bit(w, blocksize=64, quant_type="nf4")
+
+    packed, state = quantize()
+    if case.who == "bitsandbytes eval":
+        if not bnb.functional.has_avx512bf16():
+            raise UnavailableError("bitsandbytes repacks weights for inference on CPUs with AVX-512 BF16 alone")
+        packed, state = bnb.functional._convert_weight_packed_for_cpu(packed, state)
+    return Contender(
+        packed.nbytes + state.absmax.nbytes,
+        oracle(case.shape, case.dtype, case.fmt)[2],
+        lambda x: bnb.matmul_4bit(x, packed, quant_state=state),
+        quantize,
+        lambda stored: bnb.functional.dequantize_4bit(*stored),
+    )
+
+
+CONTENDERS = {
+    "qft": _qft,
+    "bitsandbytes": _bnb,
+    "bitsandbytes eval": _bnb,
+    "dense torch": _torch,
+    "torch int4": _torch_int4,
+}
+
+
+@lru_cache(maxsize=4)
+def _contender(weight: Case) -> Contender:
+    return CONTENDERS[weight.who](weight)
+
+
+# ---- verbs: the call, and the error of what it returns
+
+
+def _products(case: Case, contender: Contender) -> tuple[Callable[[], Any], Callable[[Any], float]]:
+    """matmul, matmul_t, or both as in training."""
+    x, dy = operand(case, case.shape[1], 1), operand(case, case.shape[0], 2)
+    x.requires_grad_(case.who not in NEVER_GRAD and not case.kernel)
+    forward, weight = contender.forward, contender.expected
+
+    def train() -> tuple[Tensor, Tensor]:
+        y = forward(x)
+        return y, torch.autograd.grad(y, x, dy)[0]
+
+    if case.verb == "train":
+        return train, lambda made: max(_product_error(made[0], x, weight.T), _product_error(made[1], dy, weight))
+    if case.verb == "matmul":
+        return lambda: forward(x), lambda y: _product_error(y, x, weight.T)
+    y = forward(x)
+    return lambda: torch.autograd.grad(y, x, dy, retain_graph=True)[0], lambda dx: _product_error(dx, dy, weight)
+
+
+def _product_error(made: Tensor, a: Tensor, b: Tensor) -> float:
+    """Of a sample of made = a b, against float64."""
+    rows, columns = (_every(size, least) for size, least in zip(made.shape, SAMPLE, strict=True))
+    return relative_error(made[rows, columns], a[rows].detach().double() @ b[:, columns].double())
+
+
+def _every(size: int, least: int) -> slice:
+    """At least `least` of `size`, an odd number apart: every lane of a vector and every place in a tile is met."""
+    return slice(None, None, max(1, (size // least - 1) | 1))
+
+
+def _scale_grad(case: Case, contender: Contender) -> tuple[Callable[[], Any], Callable[[Any], float]]:
+    x, dy = operand(case, case.shape[1], 1), operand(case, case.shape[0], 2)
+    some = _every(case.shape[0], SAMPLE[1])
+
+    def error(made: Tensor) -> float:
+        if case.who == "dense torch":
+            return relative_error(made[some], dy[:, some].double().T @ x.double())
+        codes, zeros, _ = oracle(case.shape, case.dtype, case.fmt)
+        some_zeros = None if zeros is None else zeros[some]
+        truth = reference.scale_grad(dy[:, some], x, codes[some], some_zeros, Format.parse(case.fmt))
+        return relative_error(made[some], truth)
+
+    return contender.scale_grad(x, dy), error
+
+
+def _quantize(case: Case, contender: Contender) -> tuple[Callable[[], Any], Callable[[Any], float]]:
+    return contender.quantize, lambda stored: relative_error(contender.dequantize(stored), contender.expected)
+
+
+def _dequantize(case: Case, contender: Contender) -> tuple[Callable[[], Any], Callable[[Any], float]]:
+    stored, dequantize = contender.quantize(), contender.dequantize
+    return lambda: dequantize(stored), lambda made: relative_error(made, contender.expected)
+
+
+def relative_error(made: Tensor, truth: Tensor) -> float:
+    """|made - truth| / |truth|, in float64."""
+    return float((made.detach().double() - truth.double()).norm() / truth.double().norm())
+
+
+def _costs(case: Case, stored: int) -> tuple[int, int, int]:
+    """Bytes read, bytes written, operations."""
+    out, in_features = case.shape
+    size = DTYPE[case.dtype].itemsize
+    x, y, weight = case.rows * in_features * size, case.rows * out * size, out * in_features * size
+    product = 2 * case.rows * out * in_features
+    if _by_rows(case):
+        return 2 * y, 0, 2 * case.rows * out
+    return {
+        "matmul": (stored + x, y, product),
+        "matmul_t": (stored + y, x, product),
+        "train": (2 * stored + x + y, x + y, 2 * product),
+        "scale_grad": (x + y, weight, product) if case.who == "dense torch" else (stored + x + y, 0, product),
+        "quantize": (weight, stored, 0),
+        "dequantize": (stored, weight, 0),
+    }[case.verb]
+
+
+def _by_rows(case: Case) -> bool:
+    """Whether the gradient of per-channel scales is the sum of dy y / s: autograd keeps y, and no kernel is needed."""
+    return case.verb == "scale_grad" and case.fmt is not None and not Format.parse(case.fmt).group
+
+
+def _kernel(case: Case) -> str:
+    """The rows of qft's kernel table that serve; empty for peers."""
+    if case.who != "qft":
+        return ""
+    if _by_rows(case):
+        return "sum of dy y / s"
+    verbs = ("matmul", "matmul_t") if case.verb == "train" else (case.verb,)
+    problems = (kernels.Problem(verb, Format.parse(case.fmt), "cpu", DTYPE[case.dtype], case.rows) for verb in verbs)
+    try:
+        return "+".join(dict.fromkeys(kernels.choose(problem, case.kernel).kernel.name for problem in problems))
+    except ValueError as reason:
+        raise UnavailableError(str(reason)) from None
+
+
+def prepare(case: Case) -> Ready:
+    """Build a case, run it once and compare.
+
+    Raises:
+        UnavailableError: this machine cannot run it.
+        ValueError: its result is wrong, so that its time would mean nothing.
+    """
+    kernel = _kernel(case)
+    contender = _contender(replace(case, verb="", rows=0))
+    make = {"scale_grad": _scale_grad, "quantize": _quantize, "dequantize": _dequantize}.get(case.verb, _products)
+    call, error_of = make(case, contender)
+    error = error_of(call())
+    if not error <= TOLERANCE[case.dtype]:
+        raise ValueError(
+            f"{case.name}, {case.work}: the relative error {error:.2g} exceeds {TOLERANCE[case.dtype]:g}; "
+            "a wrong result is not timed, mend the kernel first"
+        )
+    return Ready(call, error, contender.nbytes, *_costs(case, contender.nbytes), kernel)

@@ -1,0 +1,224 @@
+"""The honest table: qft and its peers timed in turn in one process, beside what the machine can do.
+
+    python bench/speed.py               writes bench/results/cpu-speed.json; some minutes, on a quiet machine
+    python bench/speed.py --quick       5 rounds and nothing written, unless --output says where
+
+Every round calls each case of an experiment once, starting one case further on each time, so that drift of the machine
+meets all alike. Before each call a buffer of four times the last-level cache is read, so that weights come from memory,
+as they do in a model; `--cache warm` leaves that out. Figures are medians with their extremes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import machine
+import torch
+from cases import EXPERIMENTS, MEASURES, Case, Experiment, Target
+from contenders import Ready, UnavailableError, prepare
+
+from qft import native
+
+HERE = Path(__file__).resolve().parent
+RESULT = HERE / "results" / "cpu-speed.json"
+Call = Callable[[], Any]
+Limits = dict[str, float]  # what `machine.limits` measured
+BUILD_LIMITS = {"seconds": 180, "bytes": 10 << 20}  # of the extension on 2 cores
+
+
+@dataclass(frozen=True)
+class Effort:
+    """At least `least` rounds; more, up to `most`, while an experiment has run for less than `seconds`."""
+
+    least: int = 15
+    most: int = 101
+    seconds: float = 5.0
+
+
+QUICK = Effort(5, 5)
+
+
+def interleave(calls: Sequence[Call], effort: Effort, flush: Call) -> list[list[float]]:
+    """Seconds of every round by call; `flush` runs before each, untimed, and a first round is thrown away."""
+    times: list[list[float]] = [[] for _ in calls]
+    start = time.perf_counter()
+    for done in range(-1, effort.most):
+        if done >= effort.least and time.perf_counter() - start > effort.seconds:
+            break
+        for at in range(len(calls)):
+            which = (at + done) % len(calls)
+            flush()
+            before = time.perf_counter()
+            calls[which]()
+            spent = time.perf_counter() - before
+            if done >= 0:
+                times[which].append(spent)
+    return times
+
+
+def measure(experiment: Experiment, effort: Effort, flush: Call, limits: Limits) -> dict[str, Any]:
+    """One experiment's entry in the report: a row for every case, the reasons of those that cannot run, the targets."""
+    ready: dict[Case, Ready] = {}
+    absent = []
+    for case in experiment.cases:
+        try:
+            ready[case] = prepare(case)
+        except UnavailableError as reason:
+            absent.append({**_entry(case), "reason": str(reason)})
+    times = interleave([one.call for one in ready.values()], effort, flush)
+    rows = {case: row(case, one, seconds, limits) for (case, one), seconds in zip(ready.items(), times, strict=True)}
+    targets = [evaluate(target, rows, limits) for target in experiment.targets]
+    entry = {"title": experiment.title, "headline": experiment.headline, "rows": [*rows.values()], "absent": absent}
+    return {**entry, "targets": targets}
+
+
+def _entry(case: Case) -> dict[str, Any]:
+    fields = {("kernel_named" if key == "kernel" else key): value for key, value in asdict(case).items()}
+    return {**fields, "name": case.name, "work": case.work}
+
+
+def row(case: Case, ready: Ready, seconds: Sequence[float], limits: Limits) -> dict[str, Any]:
+    """A case's median and spread, and how near it is to what the machine allows."""
+    median = statistics.median(seconds)
+    compute = ready.operations / limits[case.dtype]
+    bound = max(ready.read / limits["read"], ready.written / limits["write"], compute)
+    return {
+        **_entry(case),
+        "kernel_used": ready.kernel or None,
+        "median_s": median,
+        "min_s": min(seconds),
+        "max_s": max(seconds),
+        "rounds": len(seconds),
+        "relative_error": ready.error,
+        "weight_bytes": ready.nbytes,
+        "read_bytes": ready.read,
+        "written_bytes": ready.written,
+        "operations": ready.operations,
+        "percent_of_roofline": 100 * bound / median,
+        "bound_by": "arithmetic" if bound == compute else "memory",
+    }
+
+
+def evaluate(target: Target, rows: dict[Case, dict[str, Any]], limits: Limits) -> dict[str, Any]:
+    """A target with its measured figure; both that and `met` are None where a case could not run."""
+    how, unit = MEASURES[target.measure]
+    entry = {
+        "work": target.subject.work,
+        "subject": target.subject.name,
+        "against": target.against.name if target.against else None,
+        "measure": target.measure,
+        "how": how,
+        "limit": target.limit,
+        "unit": unit,
+        "stage": target.stage,
+    }
+    if target.against and target.against.rows != target.subject.rows:
+        entry["against"] += f" at M={target.against.rows}"
+    if target.subject not in rows or (target.against and target.against not in rows):
+        return {**entry, "measured": None, "met": None}
+    subject = rows[target.subject]
+    other = rows[target.against]["median_s"] if target.against else 0.0
+    measured = {
+        "speedup": other / subject["median_s"],
+        "time ratio": subject["median_s"] / (other or 1),
+        "read bandwidth": 100 * subject["read_bytes"] / subject["median_s"] / limits["read"],
+        "write bandwidth": 100 * subject["written_bytes"] / subject["median_s"] / limits["write"],
+        "time": 1e3 * subject["median_s"],
+    }[target.measure]
+    met = measured >= target.limit if how == "at least" else measured <= target.limit
+    return {**entry, "measured": measured, "met": met}
+
+
+def build_facts(seconds: float | None) -> dict[str, Any]:
+    """Size of the compiled module, and the time its build took where it was given."""
+    size = Path(native._native.__file__).stat().st_size
+    in_time = None if seconds is None else seconds <= BUILD_LIMITS["seconds"]
+    met = {"bytes": size <= BUILD_LIMITS["bytes"], "seconds": in_time}
+    return {"bytes": size, "seconds": seconds, "limits": BUILD_LIMITS, "met": met}
+
+
+def run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
+    """Measure everything; the report as it is written."""
+    report: dict[str, Any] = {
+        "command": shlex.join(["python", "bench/speed.py", *arguments]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": options.commit or machine.commit(),
+        "versions": machine.versions(),
+        "machine": machine.processor(),
+        "quick": options.quick,
+        "cache": options.cache,
+        "load_before": os.getloadavg()[0],
+    }
+    limits = machine.limits(5 if options.quick else 15)
+    report["limits"] = limits
+    flushed = torch.ones(4 * machine.last_level_cache() // 4)
+    report["flush_bytes"] = flushed.nbytes if options.cache == "cold" else 0
+    flush = flushed.sum if options.cache == "cold" else lambda: None
+    report["build"] = build_facts(options.build_seconds)
+    report["experiments"] = []
+    for experiment in EXPERIMENTS:
+        entry = measure(experiment, QUICK if options.quick else Effort(), flush, limits)
+        report["experiments"].append(entry)
+        print(render(entry), flush=True)
+    report["load_after"] = os.getloadavg()[0]
+    return report
+
+
+def render(entry: dict[str, Any]) -> str:
+    """An experiment as lines of text."""
+    lines = [f"\n{entry['title']}"]
+    for one in entry["rows"]:
+        spread = f"{1e3 * one['min_s']:.3g} .. {1e3 * one['max_s']:.3g}"
+        lines.append(
+            f"  {one['work']:34} {one['name']:42} {1e3 * one['median_s']:9.3f} ms  ({spread}, {one['rounds']} rounds)"
+            f"  {one['percent_of_roofline']:.0f} % of roofline  {one['kernel_used'] or ''}"
+        )
+    lines += [f"  {one['work']:34} {one['name']:42} not run: {one['reason']}" for one in entry["absent"]]
+    words = {True: "met", False: "MISSED", None: "not measured"}
+    for one in entry["targets"]:
+        other = f" against {one['against']}" if one["against"] else ""
+        measured = "" if one["measured"] is None else f"{one['measured']:.3g}{one['unit']}, "
+        lines.append(
+            f"  [{one['stage']}] {one['work']}, {one['subject']}: {one['measure']}{other} {measured}"
+            f"{one['how']} {one['limit']:g}{one['unit']}: {words[one['met']]}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """0: measured, met or not; 2: it could not be, and one sentence says why."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="5 rounds; nothing is written without --output")
+    parser.add_argument("--cache", choices=("cold", "warm"), default="cold", help="where weights are before a call")
+    parser.add_argument("--output", type=Path, metavar="FILE", help=f"default: bench/results/{RESULT.name}")
+    parser.add_argument("--commit", help="recorded in the report; default: what git says")
+    parser.add_argument("--build-seconds", type=float, metavar="S", help="what building the extension took on 2 cores")
+    options = parser.parse_args(arguments)
+    try:
+        report = run(options, arguments)
+        output = options.output or (None if options.quick else RESULT)
+        if output:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            part = output.with_name(output.name + ".part")
+            part.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+            os.replace(part, output)  # whole or not at all
+            print(f"\n{output}")
+    except (OSError, ValueError) as error:
+        print(f"speed: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
