@@ -46,16 +46,20 @@ static inline Codes load_halves(const uint8_t* p) {
   return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 static inline Codes load_words(const uint8_t* p) { return _mm512_loadu_si512(p); }
+// The fourth word of a record is picked bit by bit from the spare bits of the other three, brought to its lane. What
+// lies in its own spare bits stays: lookups of 8 levels do not read them. Two loads, for a masked one is slow and a
+// whole one would pass the end; few shifts and shuffles, which share the busiest units with the lookups.
 static inline Codes load_records(const uint8_t* p) {
-  const Codes three = _mm512_maskz_permutexvar_epi32(
-      0x7777, _mm512_setr_epi32(0, 1, 2, 0, 3, 4, 5, 0, 6, 7, 8, 0, 9, 10, 11, 0), _mm512_maskz_loadu_epi32(0x0fff, p));
-  const auto each = [](int a, int b, int c) {
-    return _mm512_setr_epi32(a, b, c, 0, a, b, c, 0, a, b, c, 0, a, b, c, 0);
-  };
-  const Codes planes =
-      _mm512_and_si512(_mm512_srlv_epi32(three, each(3, 2, 1)), each(0x11111111, 0x22222222, 0x44444444));
-  const Codes pairs = _mm512_or_si512(planes, _mm512_shuffle_epi32(planes, _MM_PERM_CDAB));
-  return _mm512_mask_or_epi32(three, 0x8888, pairs, _mm512_shuffle_epi32(pairs, _MM_PERM_BADC));
+  const Codes front = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const Codes back = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16)));
+  const Codes lanes = _mm512_setr_epi32(0, 1, 2, 0, 3, 16, 17, 3, 18, 19, 20, 18, 21, 22, 23, 21);
+  const Codes words = _mm512_permutex2var_epi32(front, lanes, back);  // lane 3 of each four repeats lane 0
+  const Codes planes = _mm512_srlv_epi32(words, _mm512_setr_epi32(3, 2, 1, 3, 3, 2, 1, 3, 3, 2, 1, 3, 3, 2, 1, 3));
+  const Codes second = _mm512_shuffle_epi32(planes, _MM_PERM_BBBB), third = _mm512_shuffle_epi32(planes, _MM_PERM_CCCC);
+  constexpr int select = 0xca;  // a ? b : c, bit by bit
+  const Codes later = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x22222222), second, third, select);
+  return _mm512_mask_mov_epi32(words, 0x8888,
+                               _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x11111111), planes, later, select));
 }
 static inline void load_octets(const uint8_t* p, Codes* low, Codes* high) {
   const Codes a = load_words(p), b = load_words(p + 64);
