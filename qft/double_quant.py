@@ -48,7 +48,8 @@ def encode(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return (code + step).clamp(0, 255)
 
     codes = nearest(absmax)
-    # the map ends at -0.993 and 1: where a block's extreme scale is just beyond 0, the last entry may not be; a wider absmax is
+    # the map ends at -0.993 and 1: where a block's extreme scale is just beyond 0, the last entry may not be; a wider
+    # absmax takes it there
     decoded = table[codes] * absmax[:, None] + offset
     turned = ((target < 0) & (decoded >= 0) | (target > 0) & (decoded <= 0)).any(1)
     if turned.any():

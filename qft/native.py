@@ -41,8 +41,8 @@ def _note_fork() -> None:
     torch.set_num_threads(1)
 
 
-# libgomp's threads do not survive fork, and neither do torch's: a child that used them would wait for ever. One thread is
-# what torch's own data loader gives its workers.
+# libgomp's threads do not survive fork, and neither do torch's: a child that used them would wait for ever. One thread
+# is what torch's own data loader gives its workers.
 os.register_at_fork(after_in_child=_note_fork)
 
 
@@ -108,11 +108,12 @@ def _weight(q: QuantTensor) -> Any:
     fmt, (out, in_features) = q.format, q.shape
     groups = fmt.groups(in_features)
     scale_dtype = torch.uint8 if fmt.scale == "dq" else TORCH_DTYPE[fmt.scale]
+    zero_dtype = TORCH_DTYPE[ZERO_DTYPE[fmt.scale]]
     dq, blocks = fmt.scale == "dq", -(-out * groups // DQ_BLOCK)
     return _native.Weight(
         codes=check(q.weight, (out, fmt.row_bytes(in_features)), torch.uint8, "weight"),
         scales=check(q.weight_scales, (out, groups), scale_dtype, "weight_scales"),
-        zeros=check(q.weight_zeros, (out, groups), TORCH_DTYPE[ZERO_DTYPE[fmt.scale]], "weight_zeros") if fmt.zero else 0,
+        zeros=check(q.weight_zeros, (out, groups), zero_dtype, "weight_zeros") if fmt.zero else 0,
         absmax=check(q.weight_scales_absmax, (blocks,), torch.float32, "weight_scales_absmax") if dq else 0,
         offset=check(q.weight_scales_offset, (1,), torch.float32, "weight_scales_offset") if dq else 0,
         dynamic_map=_dynamic_map().data_ptr() if dq else 0,

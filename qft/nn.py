@@ -22,8 +22,8 @@ class QuantLinear(nn.Linear):
 
     Parameters, named as in a file: `weight` uint8 `[out, row_bytes]` (frozen codes), `weight_scales` `[out, groups]`,
     `weight_zeros` `[out, groups]` for asymmetric formats, `weight_scales_absmax` and `weight_scales_offset` under dq,
-    `bias` `[out]`, and after `add_lora` `lora_A` `[rank, in]` and `lora_B` `[out, rank]`. The buffer `weight_format` holds
-    the format's spelling as uint8 text, so that a state_dict says what its bytes mean.
+    `bias` `[out]`, and after `add_lora` `lora_A` `[rank, in]` and `lora_B` `[out, rank]`. The buffer `weight_format`
+    holds the format's spelling as uint8 text, so that a state_dict says what its bytes mean.
 
     Takes floating input of any dtype and returns that dtype; under autocast it behaves as nn.Linear does. `.to(dtype)`,
     `.half()` and `.bfloat16()` change bias and LoRA alone: stored codes and scales keep their format.
@@ -36,8 +36,8 @@ class QuantLinear(nn.Linear):
     """
 
     bias: nn.Parameter | None  # type: ignore[assignment]  # nn.Linear's stub leaves None out
-    lora_A: nn.Parameter | None
-    lora_B: nn.Parameter | None
+    lora_A: nn.Parameter | None  # noqa: N815  PEFT's names
+    lora_B: nn.Parameter | None  # noqa: N815
     init_errors: tuple[float, ...] = ()  # relative error after each step of the start this layer came from
     dense_nbytes: int = 0  # of the dense weight it came from; 0 where that is not known
 
@@ -63,7 +63,7 @@ class QuantLinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, fmt: Format | str, *, name: str = "weight") -> QuantLinear:
-        """Quantize an nn.Linear; its bias is kept as it is. Errors are those of `qft.quantize`, with `name` for the weight."""
+        """Quantize an nn.Linear, keeping its bias. Errors are those of `qft.quantize`; they call the weight `name`."""
         return cls.from_quantized(quantize(linear.weight, fmt, name=name), linear.bias).train(linear.training)
 
     @classmethod
@@ -90,7 +90,7 @@ class QuantLinear(nn.Linear):
     def set_quantized(self, q: QuantTensor) -> None:
         """Replace the stored weight, its format included; what trained before does not train any more."""
         if q.shape != (self.out_features, self.in_features):
-            raise ValueError(f"the weight has shape {q.shape}, this layer needs {(self.out_features, self.in_features)}")
+            raise ValueError(f"the weight has shape {q.shape}, this layer {(self.out_features, self.in_features)}")
         self.format = q.format
         for name in ops.STORED:
             value = getattr(q, name)
@@ -99,7 +99,7 @@ class QuantLinear(nn.Linear):
         self.register_buffer("weight_format", spelling)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Dense weight `[out, in]`, fp32 level x scale, rounded once to `dtype` (fp32 where None); LoRA not included."""
+        """Dense weight `[out, in]`: fp32 level x scale, rounded once to `dtype` (fp32 where None), without LoRA."""
         return self.quant_tensor.dequantize(dtype)
 
     # -------------------------------------------------------------------------------------------------- LoRA
@@ -131,15 +131,16 @@ class QuantLinear(nn.Linear):
         """
         if self.lora_A is not None:
             raise ValueError(f"a LoRA of rank {self.lora_rank} is attached already; call remove_lora() first")
-        if not (isinstance(rank, int) and 1 <= rank <= min(self.in_features, self.out_features)):
-            raise ValueError(f"rank={rank} is outside 1..{min(self.in_features, self.out_features)}, what this layer can hold")
+        largest = min(self.in_features, self.out_features)
+        if not (isinstance(rank, int) and 1 <= rank <= largest):
+            raise ValueError(f"rank={rank} is no whole number in 1..{largest}, what this layer can hold")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout} is outside [0, 1)")
         alpha = float(rank if alpha is None else alpha)
         if not (math.isfinite(alpha) and alpha > 0):
             raise ValueError(f"alpha={alpha} must be a positive number")
         device = self.device
-        dtype = torch.float32 if self.bias is None else self.bias.dtype
+        dtype = torch.float32  # whatever the layer's own: half-precision factors do not move at usual learning rates
         shapes = {"A": (rank, self.in_features), "B": (self.out_features, rank)}
         for factor, value in (("A", A), ("B", B)):
             if value is not None and tuple(value.shape) != shapes[factor]:
@@ -190,7 +191,8 @@ class QuantLinear(nn.Linear):
         if x.dtype not in _ACTIVATIONS:
             raise TypeError(f"QuantLinear got {x.dtype} input; convert it with .float() or .bfloat16()")
         if x.shape[-1:] != (self.in_features,):
-            raise ValueError(f"input has shape {tuple(x.shape)}; its last dimension must be in_features={self.in_features}")
+            wanted = f"its last dimension must be in_features={self.in_features}"
+            raise ValueError(f"input has shape {tuple(x.shape)}; {wanted}")
         if x.device != self.device:
             raise ValueError(f"input is on {x.device}, the weight on {self.device}; move one of them")
 
@@ -209,18 +211,15 @@ class QuantLinear(nn.Linear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         weight, spelling = state_dict.get(prefix + "weight"), state_dict.get(prefix + "weight_format")
-        place = prefix.rstrip(".") or "this layer"
+        here = f"{prefix.rstrip('.') or 'this layer'} stores {self.format}, but the state_dict holds"
         if weight is not None and weight.is_floating_point():
-            raise FormatError(
-                f"{place} stores {self.format}, but the state_dict holds a dense {weight.dtype} weight; "
-                "load it into nn.Linear and quantize that"
-            )
+            raise FormatError(f"{here} a dense {weight.dtype} weight; load it into nn.Linear and quantize that")
         if weight is not None and spelling is None:
-            raise FormatError(f"{place} stores {self.format}, but the state_dict holds codes and no weight_format to say whose")
+            raise FormatError(f"{here} codes without the weight_format that says what they mean; save the layer again")
         if spelling is not None:
             theirs = bytes(spelling.tolist()).decode(errors="replace")
             if theirs != str(self.format):
-                raise FormatError(f"{place} stores {self.format}, but the state_dict holds {theirs}; build the layer with that")
+                raise FormatError(f"{here} {theirs}; build the layer with that")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -238,9 +237,11 @@ class FloatFacingQuantLinear(QuantLinear):
     @staticmethod
     def adopt(layer: QuantLinear, dtype: torch.dtype) -> None:
         """Make `layer` one, facing its parent with `dtype`."""
-        face = torch.empty(0, dtype=dtype, device=layer._parameters["weight"].device)
+        face = torch.empty(0, dtype=dtype, device=layer.device)
         layer.register_buffer("dense_dtype", face, persistent=False)
         layer.__class__ = FloatFacingQuantLinear
+
+    dense_dtype: Tensor
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

@@ -1,8 +1,8 @@
 """The verbs as torch operators: `define` + `impl`, a fake for tracing, a formula for autograd.
 
 An operator takes the stored tensors of a weight, in the order of `STORED`, then the format's spelling and in_features.
-Autograd keeps packed data, x where scales or zeros train, and y (before bias and adapters) for per-channel scales; never
-a dense weight.
+Autograd keeps packed data, x where scales or zeros train, and y (before bias and adapters) for per-channel scales;
+never a dense weight.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def _define(name: str, schema: str, run: Callable[..., Tensor], fake: Callable[.
     torch.library.register_fake(f"qft::{name}", fake, lib=_library)
 
 
-def _rebuild(weight: Tensor, scales: Tensor, zeros: Any, absmax: Any, offset: Any, fmt: str, in_features: int) -> QuantTensor:
-    return QuantTensor(Format.parse(fmt), (weight.shape[0], in_features), weight, scales, zeros, absmax, offset)
+def _rebuild(weight: Tensor, *companions: Any) -> QuantTensor:
+    *stored, fmt, in_features = companions
+    return QuantTensor(Format.parse(fmt), (weight.shape[0], in_features), weight, *stored)
 
 
 def _matmul(x: Tensor, *packed: Any) -> Tensor:
@@ -62,8 +63,10 @@ def _grad_dtype(scales: Tensor) -> torch.dtype:
 
 
 def _channel_scale_grad(dy: Tensor, x: Tensor, y: Tensor, q: QuantTensor) -> Tensor:
-    """ds = sum over rows of dy * y / s, fp32 `[out, 1]` (PEQA's gradient without a weight gradient); rows whose scale is 0
-    take the direct sum."""
+    """ds = sum over rows of dy * y / s, fp32 `[out, 1]`: PEQA's gradient without a weight gradient.
+
+    Rows whose scale is 0 take the direct sum.
+    """
     step = max(1, _CHUNK_BYTES // (4 * q.shape[0]))
     total = sum(
         ((dy[i : i + step].float() * y[i : i + step]).sum(0) for i in range(0, dy.shape[0], step)),

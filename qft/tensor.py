@@ -112,7 +112,7 @@ def quantize(weight: Tensor, fmt: Format | str, *, kernel: str | None = None, na
     if not weight.numel():
         raise ValueError(f"{name} has shape {tuple(weight.shape)}, which holds no weights; quantize needs at least one")
     if weight.is_meta:
-        raise ValueError(f"{name} is on the meta device, which holds no values; load or initialise it before quantizing")
+        raise ValueError(f"{name} is on the meta device, which holds no values; load it before quantizing")
     out, in_features = weight.shape
     dense = weight.detach()
     if dense.dtype not in reference.TORCH_DTYPE.values():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from formats import FORMATS, has_own_kernels
+from formats import ELEVEN, FORMATS, FOUR, TWO, has_own_kernels, need
 
 import qft
 from qft import kernels, native
@@ -99,20 +99,92 @@ def test_a_file_that_is_no_library_does_not_load(tmp_path):
 def test_other_python_threads_run_during_a_call(threads):
     threads(1)
     q = qft.quantize(torch.randn(2048, 2048), "nf4 g64")
-    x = torch.randn(64, 2048)
-    span = []
+    x = torch.randn(128, 2048)
 
-    def call():
-        span.append(time.perf_counter())
-        kernels.matmul(x, q, "scalar")
-        span.append(time.perf_counter())
+    def longest_wait() -> float:
+        """Of this thread, as a share of a call in another one."""
+        span = []
 
-    worker = threading.Thread(target=call)
-    worker.start()
-    longest, last = 0.0, time.perf_counter()
-    while worker.is_alive():
-        now = time.perf_counter()
-        longest, last = max(longest, now - last), now
-    worker.join()
-    assert span[1] - span[0] > 0.05  # long enough to tell
-    assert longest < (span[1] - span[0]) / 2
+        def call():
+            span.append(time.perf_counter())
+            kernels.matmul(x, q, "scalar")
+            span.append(time.perf_counter())
+
+        worker = threading.Thread(target=call)
+        longest, last = 0.0, time.perf_counter()
+        worker.start()
+        while worker.is_alive():
+            now = time.perf_counter()
+            longest, last = max(longest, now - last), now
+        return longest / (span[1] - span[0])
+
+    assert min(longest_wait() for _ in range(5)) < 0.5  # a busy machine may hold one of them up, a held lock all
+
+
+# Every buffer a kernel gets ends where a page begins that may not be touched: one byte too far ends the process.
+# Nothing is aligned to more than its own numbers, as in a file mapped into memory.
+GUARDED = """
+import ctypes, math, mmap
+import torch, qft
+from qft import kernels, native
+from qft.tensor import QuantTensor
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def guarded(*shape, dtype=torch.float32):
+    shape = tuple(shape[0]) if not isinstance(shape[0], int) else shape
+    size = math.prod(shape) * dtype.itemsize
+    span = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    area = mmap.mmap(-1, span + 2 * mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    for page in (start, start + mmap.PAGESIZE + span):
+        if libc.mprotect(ctypes.c_void_p(page), mmap.PAGESIZE, 0):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    return torch.frombuffer(area, dtype=dtype, offset=mmap.PAGESIZE + span - size, count=math.prod(shape)).view(shape)
+
+
+def guard(tensor):
+    return guarded(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
+
+
+torch.empty = guarded
+for text, rows_of_table in CASES:
+    for kernel in rows_of_table:
+        for shape in ((1, 1), (3, 31), (2, 64), (5, 100), (2, 127), (3, 129), (4, 400), (2, 512)):
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                q = qft.quantize(guard(torch.randn(shape).to(dtype)), text, kernel=kernel)
+                q = QuantTensor(q.format, shape, **{name: guard(tensor) for name, tensor in q.tensors().items()})
+                plain = kernels.dequantize(q, dtype, "reference")
+                table = kernels._table_of(q.format, kernel)
+                out = guarded(shape, dtype=dtype)
+                native.dequantize(q, out, (0, shape[0]), (0, shape[1]), *table)
+                if not torch.equal(out, plain):
+                    raise SystemExit(f"dequantize of {text} differs")
+                for rows in (1, 2, 3, 5):
+                    x, dy = guard(torch.randn(rows, shape[1]).to(dtype)), guard(torch.randn(rows, shape[0]).to(dtype))
+                    kernels.matmul(x, q, kernel)
+                    kernels.matmul_t(dy, q, kernel)
+                dw, ds = guard(torch.randn(shape).to(dtype)), guarded(shape[0], q.format.groups(shape[1]))
+                native.scale_grad(dw, q, (0, shape[0]), ds, *table)
+print("done")
+"""
+
+
+@pytest.mark.parametrize("kernel", [*ISA_FLAGS, "generic"])
+def test_no_kernel_touches_a_byte_beyond_its_buffers(python, kernel):
+    need(kernel)
+    named = (
+        "nf4 g64 f16",
+        "nf3 g32 bf16",
+        "int3 g64 f32 zero",
+        "nf2 g128 dq",
+        "int2 channel f16 zero",
+        "int8 g32 f32 zero",
+    )
+    texts = (
+        (f"{ELEVEN} g64", "[-1 -0.3 0.2 0.6 1] g32 f16", f"{FOUR} g64 dq", f"{TWO} g32")
+        if kernel == "generic"
+        else named
+    )
+    assert python(f"CASES = {[(text, [kernel]) for text in texts]}\n{GUARDED}") == "done\n"

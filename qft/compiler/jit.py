@@ -1,8 +1,8 @@
 """Kernels built at run time by the system's C++ compiler, kept in a cache by content.
 
-A library's name is the hash of what it was made from: emitted source, templates, flags, processor family. It is built under
-a temporary name, sealed with the hash of its bytes and renamed: a reader sees a whole one or none, and a damaged one is
-built again. Once it is there no compiler is needed.
+A library's name is the hash of what it was made from: emitted source, templates, flags, processor family. It is built
+under a temporary name, sealed with the hash of its bytes and renamed: a reader sees a whole one or none, and a damaged
+one is built again. Once it is there no compiler is needed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .emit import FLAGS, ISA_FLAGS, emit_loadable, symbol
 COMPILERS = ("c++", "g++", "clang++")
 
 
-class CompilerMissing(OSError):
+class CompilerError(OSError):
     """No C++ compiler was found, or the one found failed."""
 
 
@@ -37,14 +37,15 @@ def template_folder() -> Path:
     for folder in (package / "csrc", package.parent / "csrc"):
         if (folder / "qft" / "cpu" / "verbs.h").is_file():
             return folder
-    raise CompilerMissing(f"the kernel templates are missing beside {package}; reinstall qft")
+    raise CompilerError(f"the kernel templates are missing beside {package}; reinstall qft")
 
 
 def _compiler() -> str:
     for name in COMPILERS:
         if path := shutil.which(name):
             return path
-    raise CompilerMissing(f"no C++ compiler is on the path ({', '.join(COMPILERS)}); install one to compile formats of your own")
+    names = ", ".join(COMPILERS)
+    raise CompilerError(f"no C++ compiler is on the path ({names}); install one to compile formats of your own")
 
 
 @lru_cache(maxsize=1)
@@ -60,7 +61,7 @@ def build(code: str, isas: list[str]) -> list[Path]:
     """Shared libraries of a code's kernels, one per instruction set, compiled side by side where the cache has none.
 
     Raises:
-        CompilerMissing: there is no compiler, or it failed; the message carries its first error line.
+        CompilerError: there is no compiler, or it failed; the message carries its first error line.
         OSError: the cache cannot be written.
     """
     source = emit_loadable(code)
@@ -76,7 +77,7 @@ def build(code: str, isas: list[str]) -> list[Path]:
         with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
             for isa, built in _compile(compiler, code, source, missing, Path(folder)).items():
                 _seal(built)
-                os.replace(built, libraries[isa])  # atomic: processes that build the same kernels all end with a whole file
+                os.replace(built, libraries[isa])  # atomic: processes that build the same one all end with a whole file
     return list(libraries.values())
 
 
@@ -93,7 +94,7 @@ def _compile(compiler: str, code: str, source: str, flags: dict[str, tuple[str, 
     for process, output in zip(running, outputs, strict=True):
         if process.returncode:
             first = next((line for line in output.splitlines() if "error" in line), output[:200].strip())
-            raise CompilerMissing(f"{compiler} could not compile {code}: {first}")
+            raise CompilerError(f"{compiler} could not compile {code}: {first}")
     return built
 
 

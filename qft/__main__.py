@@ -1,0 +1,5 @@
+"""python -m qft: the `qft` command."""
+
+from .cli import main
+
+main()

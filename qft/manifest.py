@@ -1,0 +1,213 @@
+"""qft.json: what a saved model is made of. Plain JSON, checked in every field, sealed by a digest of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from . import __version__
+from .format import Format, FormatError
+from .tensor_file import DTYPES, Stored
+
+NAME = "qft.json"
+LAYOUT = 1  # of the directory; a reader refuses a later one
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA as `QuantLinear.add_lora` attaches it; `scaling` multiplies B A."""
+
+    rank: int
+    alpha: float
+    scaling: float
+    dropout: float
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One QuantLinear.
+
+    Attributes:
+        format: of the stored tensors.
+        shape: (out_features, in_features).
+        bias: whether it has one.
+        lora: the attached LoRA, or None.
+        faces: dtype its parent takes for the activations' (a `FloatFacingQuantLinear`), or None.
+        stored_scale: the scale type before training held the scales in fp32.
+        errors: relative error of the layer's start, step by step, where known.
+        dense_nbytes: bytes of the weight before it was quantized, where known.
+    """
+
+    format: Format
+    shape: tuple[int, int]
+    bias: bool
+    lora: Lora | None = None
+    faces: str | None = None
+    stored_scale: str = "f32"
+    errors: tuple[float, ...] = ()
+    dense_nbytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A saved model.
+
+    Attributes:
+        architecture: name of the model's class.
+        builds_itself: whether transformers can build that class from config.json.
+        layers: its QuantLinear layers, by path.
+        tensors: what model.safetensors holds, by name.
+        tied: tensors that are one with another: their names, and that one's.
+        orders: of tensors that are not row-major in memory, their dimensions from slowest to fastest: matrix products
+            round differently on another layout.
+        buffers: dtype of the floating buffers that are in no file, by name.
+        files: SHA-256 of the other files a load reads, by name.
+        tokenizer: names of the tokenizer's files.
+        version: the qft that saved it.
+    """
+
+    architecture: str
+    builds_itself: bool
+    layers: dict[str, Layer]
+    tensors: dict[str, Stored]
+    tied: dict[str, str]
+    orders: dict[str, tuple[int, ...]]
+    buffers: dict[str, str]
+    files: dict[str, str]
+    tokenizer: tuple[str, ...] = ()
+    version: str = __version__
+
+    def to_json(self) -> bytes:
+        """The text of qft.json."""
+        layers = {path: asdict(layer) | {"format": str(layer.format)} for path, layer in self.layers.items()}
+        body = {"layout": LAYOUT} | asdict(self) | {"layers": layers}
+        return json.dumps(body | {"sha256": _digest(body)}, indent=1).encode()
+
+    @staticmethod
+    def read(directory: Path) -> Manifest:
+        """The manifest of a directory.
+
+        Raises:
+            FormatError: there is none, or it is damaged. OSError: it cannot be read.
+        """
+        path = directory / NAME
+        if not path.is_file():
+            raise FormatError(_no_manifest(directory))
+        try:
+            body = json.loads(path.read_bytes())
+            seal = body.pop("sha256")
+            layout = _is(int, body.pop("layout"))
+            if layout > LAYOUT:
+                raise FormatError(f"{path} has layout {layout}, this qft reads {LAYOUT}; update qft")
+            if seal != _digest({"layout": layout} | body):
+                raise FormatError(f"{path} has changed since it was written; copy the directory again, or save it anew")
+            return _manifest(body)
+        except FormatError as error:
+            raise FormatError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
+            raise FormatError(f"{path} is damaged; copy the directory again, or save it anew") from None
+
+
+def _no_manifest(directory: Path) -> str:
+    if any(directory.glob("*.safetensors")) or any(directory.glob("*.bin")):
+        return (
+            f"{directory} holds weights but no {NAME}: it is a dense model, or an incomplete copy; load a dense one "
+            "with transformers' from_pretrained and call qft.quantize_model"
+        )
+    return f"{directory} holds no {NAME}; give a directory written by qft.save"
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _manifest(body: dict[str, Any]) -> Manifest:
+    texts: dict[str, dict[str, str]] = {
+        name: {_is(str, key): _is(str, value) for key, value in body[name].items()}
+        for name in ("tied", "buffers", "files")
+    }
+    if unknown := set(texts["buffers"].values()) - set(DTYPES):
+        raise ValueError(unknown)
+    tensors = {
+        name: Stored(_is(str, entry["dtype"]), _sizes(entry["shape"]), _is(str, entry["sha256"]))
+        for name, entry in body["tensors"].items()
+    }
+    return Manifest(
+        architecture=_is(str, body["architecture"]),
+        builds_itself=_is(bool, body["builds_itself"]),
+        layers={path: _layer(entry) for path, entry in body["layers"].items()},
+        tensors=tensors,
+        orders={name: _order(order, len(tensors[name].shape)) for name, order in body["orders"].items()},
+        tokenizer=tuple(_inside(_is(str, name)) for name in body["tokenizer"]),
+        version=_is(str, body["version"]),
+        **texts,
+    )
+
+
+def _layer(entry: dict[str, Any]) -> Layer:
+    fmt = Format.parse(entry["format"])
+    out, in_features = _sizes(entry["shape"])
+    faces = entry["faces"]
+    if faces is not None and not DTYPES[faces].is_floating_point:
+        raise ValueError(faces)
+    lora = entry["lora"]
+    return Layer(
+        format=fmt,
+        shape=(out, in_features),
+        bias=_is(bool, entry["bias"]),
+        lora=None if lora is None else _lora(lora, min(out, in_features)),
+        faces=faces,
+        stored_scale=replace(fmt, scale=_is(str, entry["stored_scale"])).scale,
+        errors=tuple(_finite(error) for error in entry["errors"]),
+        dense_nbytes=None if entry["dense_nbytes"] is None else _is(int, entry["dense_nbytes"]),
+    )
+
+
+def _lora(entry: dict[str, Any], most: int) -> Lora:
+    rank = _is(int, entry["rank"])
+    if not 1 <= rank <= most:
+        raise ValueError(rank)
+    lora = Lora(rank, _finite(entry["alpha"]), _finite(entry["scaling"]), _finite(entry["dropout"]))
+    if lora.alpha <= 0 or not 0 <= lora.dropout < 1:
+        raise ValueError(lora)
+    return lora
+
+
+def _is(kind: type[T], value: Any) -> T:
+    if type(value) is not kind:
+        raise TypeError(value)
+    return value
+
+
+def _finite(value: Any) -> float:
+    number = float(_is(float, value))
+    if not math.isfinite(number):
+        raise ValueError(number)
+    return number
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    sizes = tuple(_is(int, value) for value in values)
+    if any(size < 0 for size in sizes):
+        raise ValueError(sizes)
+    return sizes
+
+
+def _order(values: Any, rank: int) -> tuple[int, ...]:
+    order = _sizes(values)
+    if sorted(order) != list(range(rank)):
+        raise ValueError(order)
+    return order
+
+
+def _inside(name: str) -> str:
+    """A file's name, which must not lead out of the directory."""
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
+        raise ValueError(name)
+    return name

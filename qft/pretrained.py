@@ -1,0 +1,106 @@
+"""A directory on this machine as a language model and its tokenizer, dense or saved by qft."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from .format import FormatError
+from .io import load
+from .manifest import NAME, Manifest
+from .model import LayerReport, Report
+from .ops import STORED
+from .tensor_file import DTYPES
+
+CHOICES = ("auto", "float32", "bfloat16", "float16")
+
+
+def is_quantized(directory: str | Path) -> bool:
+    """Whether qft saved the model in this directory."""
+    return (Path(directory) / NAME).is_file()
+
+
+def load_model(directory: str | Path, dtype: str = "auto") -> nn.Module:
+    """The causal language model in a directory, in eval mode.
+
+    Args:
+        directory: written by transformers' save_pretrained or by `qft.save`. Nothing is looked up elsewhere.
+        dtype: of what is not quantized; auto keeps the file's.
+
+    Raises:
+        OSError: there is no model in the directory.
+        ValueError: the dtype is none of `CHOICES`.
+        FormatError: its files are damaged, or the architecture is no causal language model.
+    """
+    path = Path(directory)
+    if dtype not in CHOICES:
+        raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(CHOICES)}")
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is no directory; give one written by save_pretrained or by qft quantize")
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} holds no config.json; give a directory written by save_pretrained or qft")
+    if is_quantized(path):
+        model = load(path)
+        return (model if dtype == "auto" else model.to(getattr(torch, dtype))).eval()
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        if config.is_encoder_decoder:
+            raise FormatError(f"{path} holds a {config.model_type} encoder-decoder; this command needs a causal model")
+        return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, local_files_only=True).eval()
+    except SafetensorError as error:
+        raise FormatError(f"{path} holds damaged weights ({error}); copy the model again") from None
+
+
+def describe(directory: str | Path) -> Report:
+    """What qft saved in a directory, from its description alone: no weight is read.
+
+    Raises:
+        FormatError: the description is missing or damaged.
+    """
+    made = Manifest.read(Path(directory))
+    sizes = {name: math.prod(stored.shape) * DTYPES[stored.dtype].itemsize for name, stored in made.tensors.items()}
+    layers = []
+    for path, layer in made.layers.items():
+        nbytes = sum(sizes.get(f"{path}.{name}", 0) for name in STORED)
+        dense = layer.dense_nbytes or 2 * math.prod(layer.shape)
+        rank = layer.lora.rank if layer.lora else 0
+        layers.append(LayerReport(path, layer.format, layer.shape, nbytes, dense, rank, layer.errors))
+    total = sum(sizes.values())
+    return Report(tuple(layers), total, total - sum(layer.nbytes for layer in layers))
+
+
+def load_tokenizer(directory: str | Path) -> Any:
+    """The tokenizer in a model's directory.
+
+    Raises:
+        OSError: there is none.
+    """
+    path = Path(directory)
+    if not (path / "tokenizer_config.json").is_file():
+        raise FileNotFoundError(f"{path} holds no tokenizer; copy the files of the model's tokenizer into it")
+    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+def vocabulary(model: Any) -> int:
+    """Number of token ids the model's embedding knows."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def row_length(model: Any, wanted: int | None = None) -> int:
+    """Longest row to feed the model, in tokens: `wanted`, or 256, or as many positions as it was built for.
+
+    Raises:
+        ValueError: `wanted` is beyond the model's positions.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if wanted is None:
+        return min(256, positions or 256)
+    if positions is not None and wanted > positions:
+        raise ValueError(f"block size {wanted} is beyond the model's {positions} positions; use {positions} or less")
+    return wanted

@@ -1,0 +1,312 @@
+"""From a code to C++ text and on to kernels at run time: what is emitted, built, cached, and said when nothing is."""
+
+import logging
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from formats import ELEVEN, TWO, error
+
+import qft
+from qft import kernels, native, notices, reference
+from qft.compiler import emit, jit
+from qft.format import CODEBOOKS, INTEGERS, Format, to_f32
+
+# -------------------------------------------------------------------------------------------------------- emit
+
+NF2 = """\
+// Emitted by qft.compiler for nf2; edit csrc/qft/cpu, not this.
+#include "qft/cpu/verbs.h"
+#include "qft/cpu/formats.h"
+
+namespace qft::QFT_ISA {
+struct nf2 : CompiledCodebook<nf2> {
+  static constexpr int bits = 2, count = 4;
+  static constexpr float values[count] = {-0x1.0000000000000p+0f, 0x0.0p+0f, 0x1.5a06740000000p-2f, 0x1.0000000000000p+0f};
+  static constexpr const char* name = "nf2";
+};
+extern const Kernels nf2_kernels;
+const Kernels nf2_kernels = kernels_of<nf2>(QFT_STRING(QFT_ISA));
+}  // namespace qft::QFT_ISA
+"""  # noqa: E501
+
+
+def test_the_emitted_text():
+    assert emit.emit("nf2") == NF2
+
+
+@pytest.mark.parametrize("code", [*CODEBOOKS, ELEVEN, TWO])
+def test_every_level_is_emitted_exactly(code):
+    (line,) = (line for line in emit.emit(code).splitlines() if "values[count]" in line)
+    numbers = line[line.index("{") + 1 : line.index("}")].split(", ")
+    levels = Format(code, 64).levels
+    assert [float.fromhex(number.removesuffix("f")) for number in numbers] == list(levels)
+    assert f"bits = {(len(levels) - 1).bit_length()}, count = {len(levels)};" in emit.emit(code)
+
+
+def test_a_symbol_per_code():
+    codes = [*CODEBOOKS, *INTEGERS, ELEVEN, TWO, "[-1 1]", "[-1 0 1]", "levels1", "levels4"]
+    symbols = [emit.symbol(code) for code in codes]
+    assert len(set(symbols)) == len(codes)
+    assert all(symbol.isidentifier() for symbol in symbols)
+
+
+def test_no_level_is_spelled_outside_python():
+    sources = [path for path in jit.template_folder().rglob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu")]
+    text = "\n".join(path.read_text() for path in sources)
+    assert len(sources) > 5
+    for levels in CODEBOOKS.values():
+        for level in levels:
+            if level not in (0.0, 1.0, -1.0, 0.5, -0.5, 0.25, -0.25):
+                assert f"{abs(level):.6g}"[1:] not in text
+                assert float(to_f32(abs(level))).hex().rstrip("0") not in text
+
+
+def test_the_ahead_of_time_set(tmp_path):
+    command = [sys.executable, "-m", "qft.compiler", str(tmp_path), "--isa", "scalar", "avx2"]
+    subprocess.run(command, check=True)
+    written = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    sources = {f"{emit.symbol(code)}.cpp" for code in emit.built_codes("scalar")}
+    assert set(written) == sources | {"registry.cpp", "kernels.cmake"}
+    for code in emit.built_codes("scalar"):
+        assert (tmp_path / f"{emit.symbol(code)}.cpp").read_text() == emit.emit(code)
+    registry = (tmp_path / "registry.cpp").read_text()
+    assert "&qft::avx2::nf4_kernels" in registry
+    assert "&qft::scalar::levels4_kernels" in registry
+    assert "&qft::avx2::levels4_kernels" not in registry
+    (tmp_path / "nf4.cpp").write_text("edited")
+    subprocess.run(command, check=True)
+    assert (tmp_path / "nf4.cpp").read_text() == emit.emit("nf4")
+    assert all((tmp_path / name).stat().st_mtime_ns == then for name, then in written.items() if name != "nf4.cpp")
+
+
+# ------------------------------------------------------------------------------------------------------- cache
+
+# Stands in for a compiler: a line in a log for each run, and text for a library.
+COMPILER = """#!/bin/sh
+echo "$@" >> "{log}"
+while [ "$1" != "-o" ]; do shift; done
+sleep {seconds}
+{fail}
+echo "a library" > "$2"
+"""
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("QFT_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """Install a stand-in as the only c++ on the path; returns how often it ran."""
+    log = tmp_path / "runs"
+    log.touch()
+
+    def install(fail: str = "", seconds: float = 0):
+        path = tmp_path / "bin" / "c++"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(COMPILER.format(log=log, fail=fail, seconds=seconds))
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("PATH", f"{path.parent}:/usr/bin:/bin")
+        return lambda: len(log.read_text().splitlines())
+
+    return install
+
+
+def no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+
+
+def test_a_library_per_instruction_set_is_built_once(cache, compiler, monkeypatch, tmp_path):
+    runs = compiler()
+    first = jit.build("[-1 0 1]", ["scalar", "avx2"])
+    assert runs() == 2
+    assert sorted(path.name for path in cache.iterdir()) == sorted(path.name for path in first)
+    assert [path.name.split("-")[:2] for path in first] == [
+        [emit.symbol("[-1 0 1]"), isa] for isa in ("scalar", "avx2")
+    ]
+    no_compiler(monkeypatch, tmp_path)
+    assert jit.build("[-1 0 1]", ["scalar", "avx2"]) == first
+    assert runs() == 2
+
+
+def test_only_what_the_cache_lacks_is_built(cache, compiler):
+    runs = compiler()
+    jit.build("[-1 0 1]", ["scalar"])
+    jit.build("[-1 0 1]", ["scalar", "avx2"])
+    assert runs() == 2
+    jit.build("[-1 0 0.5 1]", ["scalar"])
+    assert runs() == 3
+
+
+def test_the_name_is_a_hash_of_the_content(cache, compiler, monkeypatch, tmp_path):
+    runs = compiler()
+    (before,) = jit.build("[-1 0 1]", ["scalar"])
+    monkeypatch.setattr(jit, "FLAGS", (*jit.FLAGS, "-DOTHER"))
+    (other_flags,) = jit.build("[-1 0 1]", ["scalar"])
+    monkeypatch.setattr(jit, "_templates_hash", lambda: "other templates")
+    (other_templates,) = jit.build("[-1 0 1]", ["scalar"])
+    assert len({before, other_flags, other_templates}) == 3
+    assert runs() == 3
+
+
+def test_the_templates_hash_reads_every_header(monkeypatch, tmp_path):
+    header = tmp_path / "qft" / "cpu" / "verbs.h"
+    header.parent.mkdir(parents=True)
+    monkeypatch.setattr(jit, "template_folder", lambda: tmp_path)
+    seen = set()
+    for text in ("one", "other"):
+        header.write_text(text)
+        seen.add(jit._templates_hash.__wrapped__())
+    header.rename(header.with_name("other.h"))
+    seen.add(jit._templates_hash.__wrapped__())
+    assert len(seen) == 3
+
+
+DAMAGE = {
+    "empty": lambda content: b"",
+    "cut": lambda content: content[: len(content) // 2],
+    "one byte short": lambda content: content[:-1],
+    "a bit flipped": lambda content: bytes([content[0] ^ 1]) + content[1:],
+    "something else": lambda content: b"#!/bin/sh",
+}
+
+
+@pytest.mark.parametrize("harm", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_library_is_built_again(cache, compiler, harm):
+    runs = compiler()
+    (library,) = jit.build("[-1 0 1]", ["scalar"])
+    whole = library.read_bytes()
+    library.write_bytes(harm(whole))
+    assert jit.build("[-1 0 1]", ["scalar"]) == [library]
+    assert runs() == 2
+    assert library.read_bytes() == whole
+
+
+def test_two_processes_may_build_the_same_kernels(cache, compiler):
+    runs = compiler(seconds=1.5)
+    program = "from qft.compiler import jit; print(*jit.build('[-1 0 1]', ['scalar', 'avx2']))"
+    processes = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert len(set(outputs)) == 1
+    assert runs() > 2  # they really ran side by side
+    assert {str(path) for path in cache.iterdir()} == set(outputs[0].split())
+    assert all(jit._is_whole(Path(path)) for path in outputs[0].split())
+
+
+def test_a_failing_compiler_is_quoted_and_leaves_nothing(cache, compiler):
+    compiler(fail="echo 'kernels.cpp:7: error: no such thing'; echo 'error: and more'; exit 1")
+    with pytest.raises(jit.CompilerError, match=r"could not compile \[-1 0 1\]: kernels.cpp:7: error: no such thing$"):
+        jit.build("[-1 0 1]", ["scalar", "avx2"])
+    assert list(cache.iterdir()) == []
+
+
+def test_without_a_compiler_the_way_out_is_named(cache, monkeypatch, tmp_path):
+    no_compiler(monkeypatch, tmp_path)
+    with pytest.raises(OSError, match=r"no C\+\+ compiler is on the path \(c\+\+, g\+\+, clang\+\+\); install one"):
+        qft.compile("[-1 0.001 1] g64")
+
+
+def test_a_cache_that_cannot_be_written_is_an_os_error(compiler, monkeypatch, tmp_path):
+    compiler()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QFT_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(OSError, match="file"):
+        jit.build("[-1 0 1]", ["scalar"])
+
+
+def test_the_cache_has_a_home(monkeypatch, tmp_path):
+    monkeypatch.delenv("QFT_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert jit.cache_folder() == tmp_path / ".cache" / "qft"
+    monkeypatch.setenv("QFT_CACHE", str(tmp_path / "mine"))
+    assert jit.cache_folder() == tmp_path / "mine"
+
+
+# ---------------------------------------------------------------------------------------------------- kernels
+
+
+@pytest.mark.parametrize("code", [ELEVEN, TWO])
+def test_levels_of_ones_own_become_kernels(code, kernel_cache):
+    assert qft.compile(f"{code} g64") == list(native.instruction_sets())
+    assert {f"{emit.symbol(code)}-{isa}" for isa in native.instruction_sets()} <= {
+        path.name.rpartition("-")[0] for path in kernel_cache.iterdir()
+    }
+    choices = qft.explain(f"{code} g64 f32", 64, 64, rows=1)
+    assert choices["matmul"].kernel.name == native.instruction_sets()[-1]
+
+
+def test_another_process_takes_the_kernels_from_the_cache(python, kernel_cache):
+    qft.compile(f"{ELEVEN} g64")
+    before = {path: path.stat().st_mtime_ns for path in kernel_cache.iterdir()}
+    program = f"import qft; print(qft.compile('{ELEVEN} g64'))"
+    assert python(program, PATH="") == f"{list(native.instruction_sets())}\n"
+    assert {path: path.stat().st_mtime_ns for path in kernel_cache.iterdir()} == before
+
+
+def products(q, kernel):
+    x, dy = torch.linspace(-1, 1, 700).view(7, 100), torch.linspace(-1, 1, 231).view(7, 33)
+    return [kernels.matmul(x, q, kernel), kernels.matmul_t(dy, q, kernel), kernels.dequantize(q, torch.float32, kernel)]
+
+
+def test_without_a_compiler_the_generic_kernel_runs_and_says_so_once(cache, monkeypatch, tmp_path, caplog):
+    code = "[-1 -0.61 -0.33 0.007 0.28 0.61 1]"
+    weight = torch.randn(33, 100)
+    notices.say_once.cache_clear()
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "qft"):
+        no_compiler(patch, tmp_path)
+        q = qft.quantize(weight, f"{code} g64")
+        x, dy = torch.randn(300, 100), torch.randn(300, 33)
+        outputs = [kernels.matmul(x, q), kernels.matmul_t(dy, q), kernels.scale_grad(dy, x, q), q.dequantize()]
+        few = products(q, None)
+        again = qft.quantize(weight, f"{code} g32 f16")
+        assert qft.explain(again.format, 64, 64)["dequantize"].kernel.name == "generic"
+    (message,) = caplog.messages
+    assert message.startswith(f"{code} runs on the generic kernel, which is slower: no C++ compiler is on the path")
+
+    exact = reference.dequantize(q.unpack(), q.scales, None, q.format)
+    assert torch.equal(outputs[3], exact)
+    assert error(outputs[0], x.double() @ exact.double().T) < 1e-5
+    assert error(outputs[1], dy.double() @ exact.double()) < 1e-5
+    assert error(outputs[2], reference.scale_grad(dy, x, q.unpack(), None, q.format).double()) < 1e-5
+
+    (library,) = jit.build(code, ["scalar"])  # a compiler appears
+    native.load(str(library))
+    compiled = qft.quantize(weight, f"{code} g64", kernel="scalar")
+    assert all(torch.equal(a, b) for a, b in zip(compiled.tensors().values(), q.tensors().values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(products(q, "scalar"), few, strict=True))
+
+
+def test_a_failing_compiler_runs_once_and_not_at_every_call(cache, compiler, caplog):
+    runs = compiler(fail="echo 'error: broken'; exit 1")
+    notices.say_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "qft"):
+        q = qft.quantize(torch.randn(33, 100), "[-1 -0.61 -0.33 0.008 0.28 0.61 1] g64")
+        for rows in (1, 1, 300):
+            kernels.matmul(torch.randn(rows, 100), q)
+    assert runs() == len(native.instruction_sets())
+    (message,) = caplog.messages
+    assert message.endswith("could not compile [-1 -0.61 -0.33 0.008 0.28 0.61 1]: error: broken")
+
+
+def test_a_library_the_machine_refuses_falls_back_too(cache, compiler, caplog):
+    compiler()  # its "libraries" are text
+    notices.say_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "qft"):
+        qft.quantize(torch.randn(3, 100), "[-1 -0.61 -0.33 0.009 0.28 0.61 1] g64")
+    (message,) = caplog.messages
+    assert "did not load" in message
+
+
+def test_templates_travel_with_the_package():
+    folder = jit.template_folder()
+    assert (folder / "qft" / "cpu" / "verbs.h").is_file()
+    assert os.fspath(folder).endswith("csrc")

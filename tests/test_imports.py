@@ -1,0 +1,154 @@
+"""Importing is free and runs one way."""
+
+import ast
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+import qft
+
+PACKAGE = Path(qft.__file__).parent
+
+# A module may import those before it, never one after: a new module takes its place here.
+ORDER = (
+    "qft.notices",
+    "qft.files",
+    "qft.format",
+    "qft.compiler",
+    "qft.compiler.emit",
+    "qft.compiler.jit",
+    "qft.compiler.__main__",
+    "qft.reference",
+    "qft.double_quant",
+    "qft.native",
+    "qft.kernels",
+    "qft.tensor",
+    "qft.ops",
+    "qft.nn",
+    "qft.tensor_file",
+    "qft.adapters",
+    "qft.adapters.scales",
+    "qft.init.svd",
+    "qft.init.plain",
+    "qft.init.loftq",
+    "qft.init",
+    "qft.plan",
+    "qft.model",
+    "qft.manifest",
+    "qft.io",
+    "qft.checkpoint",
+    "qft.data",
+    "qft.evaluate",
+    "qft.pretrained",
+    "qft.finetune",
+    "qft.job",
+    "qft.figure",
+    "qft.demo",
+    "qft.cli",
+    "qft.__main__",
+)
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    """Dotted name of a file of the package."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+class Imports(ast.NodeVisitor):
+    """The qft modules a file imports, inside functions too; what only a type checker reads is left out."""
+
+    def __init__(self, module: str):
+        self.package = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+        self.found: set[str] = set()
+
+    def visit_If(self, node):
+        if ast.unparse(node.test) not in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            self.generic_visit(node)
+
+    def visit_Import(self, node):
+        self.found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "qft"}
+
+    def visit_ImportFrom(self, node):
+        name = importlib.util.resolve_name("." * node.level + (node.module or ""), self.package)
+        if name.split(".")[0] == "qft":
+            inner = {f"{name}.{alias.name}" for alias in node.names}
+            self.found |= {module for module in inner if module in MODULES} or {name}
+
+
+def imports_of(module: str) -> set[str]:
+    visitor = Imports(module)
+    visitor.visit(ast.parse(MODULES[module].read_text()))
+    return visitor.found - {"qft", "qft._native"}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "qft"])
+def test_imports_run_one_way(module):
+    assert module in ORDER, f"{module} has no place in ORDER yet"
+    before = ORDER[: ORDER.index(module)]
+    assert imports_of(module) <= set(before)
+
+
+def test_the_order_is_seen_to_be_broken():
+    assert imports_of("qft.tensor") >= {"qft.kernels", "qft.reference", "qft.double_quant", "qft.format"}
+    assert "qft.tensor" not in imports_of("qft.kernels")  # only its type checker reads it
+    assert imports_of("qft.compiler.emit") == {"qft.format"}
+
+
+def test_files_are_named_for_what_they_hold():
+    assert not {path.stem for path in FILES} & {"utils", "util", "helpers", "helper", "common", "misc", "manager"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_one_environment_variable_and_no_other(module):
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "putenv"):
+            assert module == "qft.compiler.jit"
+    if module == "qft.compiler.jit":
+        assert MODULES[module].read_text().count("environ") == MODULES[module].read_text().count(
+            'environ.get("QFT_CACHE")'
+        )
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_bad_input_is_never_an_assertion_or_a_runtime_error(module):
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        assert not isinstance(node, ast.Assert), f"line {node.lineno} asserts"
+        if isinstance(node, ast.Raise) and node.exc is not None:
+            assert "RuntimeError" not in ast.unparse(node.exc), f"line {node.lineno} raises RuntimeError"
+
+
+LOADED = "print(sorted({'torch', 'numpy', 'transformers', 'peft', 'matplotlib'} & {*sys.modules}))"
+
+
+@pytest.mark.parametrize(
+    ("program", "loaded"),
+    [
+        ("import qft", []),
+        ("import qft; qft.Format.parse('nf4 g64')", []),
+        ("import qft; dir(qft)", []),
+        ("import qft; qft.QuantLinear; qft.quantize", ["numpy", "torch"]),
+    ],
+)
+def test_importing_loads_nothing_before_its_time(python, program, loaded):
+    assert python(f"import sys; {program}; {LOADED}") == f"{loaded}\n"
+
+
+def test_importing_leaves_the_gpu_alone(python):
+    assert python("import qft, torch; qft.quantize; qft.QuantLinear; print(torch.cuda.is_initialized())") == "False\n"
+
+
+@pytest.mark.parametrize("name", qft.__all__)
+def test_every_public_name_is_there_and_explained(name):
+    assert getattr(qft, name).__doc__
+    assert name in dir(qft)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'qft' has no attribute 'quantise'"):
+        _ = qft.quantise
