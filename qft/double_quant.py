@@ -1,4 +1,4 @@
-"""Double quantization (QLoRA, section 3): fp32 scales as 8-bit codes around their mean, an fp32 absmax per 256 scales."""
+"""Double quantization (QLoRA, section 3): scales as 8-bit codes around their mean, with an fp32 absmax per 256."""
 
 from __future__ import annotations
 

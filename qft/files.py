@@ -66,7 +66,10 @@ def settle(directory: Path) -> None:
     written = directory / WRITTEN
     if not written.is_dir():
         return
-    entries = sorted(written.rglob("*"))
+    try:
+        entries = sorted(written.rglob("*"))
+    except FileNotFoundError:  # another reader has moved all of it
+        return
     folders = [written, *(path for path in entries if path.is_dir())]
     for folder in folders:
         (directory / folder.relative_to(written)).mkdir(exist_ok=True)

@@ -16,7 +16,8 @@ import math
 import re
 import struct
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
+from itertools import pairwise
 
 
 class FormatError(ValueError):
@@ -94,7 +95,9 @@ class Format:
         if self.scale not in SCALE_BITS:
             raise FormatError(f"scale dtype {self.scale!r} is unknown; use one of {', '.join(SCALE_BITS)}")
         if self.zero and not self.is_integer:
-            raise FormatError(f"'zero' needs integer codes, not {self.code}; use int8, int4, int3 or int2, or drop 'zero'")
+            raise FormatError(
+                f"'zero' needs integer codes, not {self.code}; use int8, int4, int3 or int2, or drop 'zero'"
+            )
         if self.scale == "dq" and self.code == "int8":
             raise FormatError("dq saves nothing worth its error next to 8-bit codes; write f32, f16 or bf16 after int8")
 
@@ -157,7 +160,7 @@ class Format:
         return math.ceil(used / ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parse(text: str) -> Format:
     match = re.fullmatch(r"\s*(\[[^\]]*\]|\S+)((?:\s+\S+)*)\s*", text)
     if not match:
@@ -179,20 +182,24 @@ def _is_code(code: str) -> bool:
     return code in CODEBOOKS or code in INTEGERS or code.startswith("[")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _read_levels(code: str) -> tuple[float, ...]:
     if not (code.startswith("[") and code.endswith("]")):
-        raise FormatError(f"{code!r} is no code; use {', '.join((*CODEBOOKS, *INTEGERS))}, or levels such as [-1 0 0.5 1]")
+        raise FormatError(
+            f"{code!r} is no code; use {', '.join((*CODEBOOKS, *INTEGERS))}, or levels such as [-1 0 0.5 1]"
+        )
     words = code[1:-1].replace(",", " ").split()
     try:
         levels = tuple(to_f32(float(word)) for word in words)
     except ValueError:
-        raise FormatError(f"levels {code} hold something that is not an fp32 number; write for example [-1 -0.25 0.3 1]") from None
+        raise FormatError(
+            f"levels {code} hold something that is not an fp32 number; write for example [-1 -0.25 0.3 1]"
+        ) from None
     if not 2 <= len(levels) <= 16:
         raise FormatError(f"levels {code} number {len(levels)}; a codebook has 2 to 16 levels")
     if not all(math.isfinite(level) for level in levels):
         raise FormatError(f"levels {code} are not all finite; write finite fp32 numbers")
-    if any(a >= b for a, b in zip(levels, levels[1:], strict=False)):
+    if any(a >= b for a, b in pairwise(levels)):
         ordered = " ".join(spell_f32(level) for level in sorted(set(levels)))
         raise FormatError(f"levels {code} do not ascend; write [{ordered}]")
     return tuple(level + 0.0 for level in levels)  # -0 is spelled 0
@@ -205,7 +212,9 @@ def _nearest(text: str) -> str:
     bracketed = re.match(r"\s*(\[[^\]]*\])", text)
     if bracketed:
         _read_levels(bracketed[1])  # says first what is wrong with the levels themselves
-    code = bracketed[1] if bracketed else (difflib.get_close_matches(words[0] if words else "", codes, 1, 0) or ["nf4"])[0]
+    code = (
+        bracketed[1] if bracketed else (difflib.get_close_matches(words[0] if words else "", codes, 1, 0) or ["nf4"])[0]
+    )
     rest = text[bracketed.end() :].lower().split() if bracketed else words[1:]
     group, scale, zero = "g64", "f32", ""
     for word in rest:

@@ -1,7 +1,8 @@
 """The table that picks a kernel for each verb and says why the others were passed over.
 
-A row of `TABLE` is one way to run some verbs. `choose` takes the first row that can run a problem and is not known to be
-slower than a later one; naming a row in a call skips the second question. There is no other `if device` in the package.
+A row of `TABLE` is one way to run some verbs. `choose` takes the first row that can run a problem and is not known to
+be slower than a later one; naming a row in a call skips the second question. There is no other `if device` in the
+package.
 """
 
 from __future__ import annotations
@@ -76,7 +77,11 @@ def _without(isa: str) -> Callable[[Problem], str | None]:
             return f"this machine has no {isa}"
         if reason := _not_on_cpu(problem):
             return reason
-        return None if _compiled(problem.fmt, isa) else f"no compiled kernels for {problem.fmt.code}: no C++ compiler was found"
+        return (
+            None
+            if _compiled(problem.fmt, isa)
+            else f"no compiled kernels for {problem.fmt.code}: no C++ compiler was found"
+        )
 
     return cannot
 
@@ -139,9 +144,9 @@ def _compile_at_first_need(code: str) -> None:
 def compile(fmt: Format | str) -> list[str]:
     """Build the kernels of a format for every instruction set of this machine; returns the instruction sets.
 
-    Formats of named codes come compiled. Levels of the user's own are built with the system's C++ compiler (`c++`, `g++`
-    or `clang++` on the path) the first time they are used, or by this call, and cached by content under `QFT_CACHE`
-    (`~/.cache/qft` where that is unset).
+    Formats of named codes come compiled. Levels of the user's own are built with the system's C++ compiler (`c++`,
+    `g++` or `clang++` on the path) the first time they are used, or by this call, and cached by content under
+    `QFT_CACHE` (`~/.cache/qft` where that is unset).
 
     Raises:
         FormatError: `fmt` spells no format.
@@ -192,7 +197,9 @@ def choose(problem: Problem, name: str | None = None) -> Choice:
 def _select(verb: str, q: QuantTensor, dtype: torch.dtype, rows: int = 0, name: str | None = None) -> str:
     kernel = choose(Problem(verb, q.format, q.weight.device.type, dtype, rows), name).kernel.name
     if kernel == "reference" and name is None:
-        say_once(f"{verb} of {q.format} on {q.weight.device.type} in {dtype} uses the reference: no compiled kernel takes it")
+        say_once(
+            f"{verb} of {q.format} on {q.weight.device.type} in {dtype} uses the reference: no compiled kernel takes it"
+        )
     return kernel
 
 
@@ -213,7 +220,7 @@ def _table_of(fmt: Format, kernel: str) -> tuple[str, str]:
 
 
 def quantize(weight: Tensor, fmt: Format, kernel: str | None = None) -> tuple[Tensor, Tensor, Tensor | None, int]:
-    """Packed codes, scales and zeros as stored (fp32 scales under dq), and the flat index of the first non-finite weight or -1."""
+    """Packed codes, scales (fp32 under dq) and zeros as stored, and the index of the first non-finite weight or -1."""
     name = choose(Problem("quantize", fmt, weight.device.type, weight.dtype), kernel).kernel.name
     if name != "reference":
         return native.quantize(weight.contiguous(), fmt, *_table_of(fmt, name))
@@ -260,7 +267,7 @@ def matmul_t(dy: Tensor, q: QuantTensor, kernel: str | None = None) -> Tensor:
 
 
 def scale_grad(dy: Tensor, x: Tensor, q: QuantTensor, kernel: str | None = None) -> Tensor:
-    """Gradient of the scales, fp32 `[out, groups]`, for dy `[rows, out]` and x `[rows, in]`; dW exists a panel at a time."""
+    """Gradient of the scales, fp32 `[out, groups]`, for dy `[rows, out]`, x `[rows, in]`; dW comes in panels."""
     _check_operand(dy, q, q.shape[0], "dy")
     _check_operand(x, q, q.shape[1], "x")
     if dy.shape[0] != x.shape[0] or dy.dtype != x.dtype:
@@ -278,7 +285,7 @@ def _elementwise(q: QuantTensor) -> tuple[str, str]:
 
 
 def _panels(total: int, bytes_each: int, multiple: int) -> list[tuple[int, int]]:
-    """Cut `total` rows or columns of `bytes_each` bytes into panels of at most PANEL_BYTES, in multiples of `multiple`."""
+    """Cut `total` rows or columns of `bytes_each` bytes into panels of PANEL_BYTES, in multiples of `multiple`."""
     size = max(multiple, PANEL_BYTES // max(1, bytes_each) // multiple * multiple)
     return [(start, min(start + size, total)) for start in range(0, total, size)]
 

@@ -50,7 +50,9 @@ class Report:
 
     layers: tuple[LayerReport, ...]
     nbytes: int  # of all parameters and buffers as stored
-    other_nbytes: int = field(default=0)  # of them, what belongs to no linear layer's weight: embeddings, norms, adapters
+    other_nbytes: int = field(
+        default=0
+    )  # of them, what belongs to no linear layer's weight: embeddings, norms, adapters
 
     @property
     def quantized(self) -> tuple[LayerReport, ...]:
@@ -74,8 +76,8 @@ class Report:
             f"{layer.nbytes} bytes" + (f", error {min(layer.errors):.4f}" if layer.errors else "")
             for layer in self.layers
         ]
-        total = f"{len(self.quantized)} layers quantized at {self.bits_per_weight:.3f} bits per weight, {len(self.dense)} left dense"
-        return "\n".join([*lines, f"{total}; {self.nbytes} bytes in all"])
+        quantized = f"{len(self.quantized)} layers quantized at {self.bits_per_weight:.3f} bits per weight"
+        return "\n".join([*lines, f"{quantized}, {len(self.dense)} left dense; {self.nbytes} bytes in all"])
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,9 @@ def quantize_model(
 ) -> nn.Module:
     """Replace the linear layers of a model by QuantLinear, in place, one at a time.
 
-    nn.Linear and transformers' Conv1D are replaced. Left dense, with the reason in `report(model)`: the output head of a
-    language model (unless `formats` names it), weights shared with an embedding, subclasses of nn.Linear, and layers whose
-    parent reads `layer.weight` itself.
+    nn.Linear and transformers' Conv1D are replaced. Left dense, with the reason in `report(model)`: the output head of
+    a language model (unless `formats` names it), weights shared with an embedding, subclasses of nn.Linear, and layers
+    whose parent reads `layer.weight` itself.
 
     Args:
         fmt: format of every layer that `formats` does not name.
@@ -130,15 +132,20 @@ def quantize_model(
 
     Raises:
         FormatError: a spelling is no format.
-        ValueError: nothing is left to quantize, a pattern names no layer, or a weight is not finite (nothing is replaced).
+        ValueError: nothing is left to quantize, a pattern names no layer, or a weight is not finite; then no layer is
+            replaced.
     """
     if not callable(init) and init not in STARTS:
         raise ValueError(f"init={init!r} is unknown; use one of {', '.join(STARTS)}, or a function like qft.loftq")
-    targets = _find_targets(model, Format.parse(fmt), tuple(skip), {k: Format.parse(v) for k, v in (formats or {}).items()})
+    targets = _find_targets(
+        model, Format.parse(fmt), tuple(skip), {k: Format.parse(v) for k, v in (formats or {}).items()}
+    )
     if rank < 0:
         raise ValueError(f"rank={rank} is negative; 0 attaches no adapter")
     if not targets:
-        raise ValueError(f"{type(model).__name__} holds no linear layer to quantize; see qft.report(model) for the reasons")
+        raise ValueError(
+            f"{type(model).__name__} holds no linear layer to quantize; see qft.report(model) for the reasons"
+        )
     for target in targets:  # before the first layer is replaced, so that a refusal leaves the model as it was
         if not target.weight.isfinite().all():
             quantize(target.weight, target.fmt, name=f"{target.path}.weight")
@@ -167,17 +174,28 @@ def quantize_model(
                 setattr(parent, name, layer)
             advance(target.path)
     if isinstance(_output_head(model), QuantLinear):
-        cast(Any, model).config.tie_word_embeddings = False  # a packed head is a matrix of its own; tying again would undo it
+        cast(
+            Any, model
+        ).config.tie_word_embeddings = False  # a packed head is a matrix of its own; tying again would undo it
     return model
 
 
 def _quantized(
-    target: _Target, init: str | Start, rank: int, alpha: float | None, iters: int, dropout: float, rslora: bool, step: Any
+    target: _Target,
+    init: str | Start,
+    rank: int,
+    alpha: float | None,
+    iters: int,
+    dropout: float,
+    rslora: bool,
+    step: Any,
 ) -> QuantLinear:
     weight, name = target.weight, f"{target.path}.weight"
     held = min(rank, *weight.shape)
     if held < rank:
-        say_once(f"{target.path} has {min(weight.shape)} features on one side: its adapter takes rank {held}, not {rank}")
+        say_once(
+            f"{target.path} has {min(weight.shape)} features on one side: its adapter takes rank {held}, not {rank}"
+        )
     alpha = float(rank if alpha is None else alpha)
     folded = alpha * held**0.5 if rslora else alpha  # a start folds alpha / rank: this makes it alpha / sqrt(rank)
     if callable(init):
@@ -252,7 +270,9 @@ def _find_targets(model: nn.Module, fmt: Format, skip: tuple[str, ...], formats:
     paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) or _is_conv1d(module)]
     for pattern in (*skip, *formats):
         if not any(matches(path, pattern) for path in paths):
-            raise ValueError(f"{pattern!r} names no linear layer of {type(model).__name__}; its layers are {_examples(paths)}")
+            raise ValueError(
+                f"{pattern!r} names no linear layer of {type(model).__name__}; its layers are {_examples(paths)}"
+            )
 
     head, targets = _output_head(model), []
     for path, module in model.named_modules():
@@ -269,7 +289,12 @@ def _find_targets(model: nn.Module, fmt: Format, skip: tuple[str, ...], formats:
 
 
 def _reason_to_skip(
-    target: _Target, is_head: bool, named: bool, skip: tuple[str, ...], owners: dict[int, list[nn.Module]], model: nn.Module
+    target: _Target,
+    is_head: bool,
+    named: bool,
+    skip: tuple[str, ...],
+    owners: dict[int, list[nn.Module]],
+    model: nn.Module,
 ) -> str:
     if any(matches(target.path, pattern) for pattern in skip):
         return "skipped by name"
@@ -288,13 +313,18 @@ def _reason_to_skip(
     if is_head:
         return "the output head; name it in formats to quantize it"
     others = {type(owner).__name__ for owner in owners[id(target.module.weight)] if not is_linear(owner)}
-    return f"its weight is shared with {', '.join(sorted(others))}; name it in formats to quantize a copy" if others else ""
+    return (
+        f"its weight is shared with {', '.join(sorted(others))}; name it in formats to quantize a copy"
+        if others
+        else ""
+    )
 
 
 def _reads(target: _Target, what: str) -> bool:
-    """Whether a parent's forward mentions `self.<layer><what>`: what T5 does to its `wo`, and nn.TransformerEncoderLayer
-    to its linear layers."""
-    return any(re.search(rf"\bself\.{re.escape(name)}{what}", _forward_source(type(parent))) for parent, name in target.places)
+    """Whether a parent's forward mentions `self.<layer><what>`, as T5 does its `wo.weight.dtype`."""
+    return any(
+        re.search(rf"\bself\.{re.escape(name)}{what}", _forward_source(type(parent))) for parent, name in target.places
+    )
 
 
 def _forward_source(kind: type[nn.Module]) -> str:
@@ -341,7 +371,9 @@ def report(model: nn.Module) -> Report:
             rows, columns = module.weight.shape
             shape = (columns, rows) if _is_conv1d(module) else (rows, columns)
             nbytes = module.weight.nbytes
-            layers.append(LayerReport(path, None, shape, nbytes, nbytes, reason=getattr(module, "qft_reason", "not asked for")))
+            layers.append(
+                LayerReport(path, None, shape, nbytes, nbytes, reason=getattr(module, "qft_reason", "not asked for"))
+            )
             counted.add(id(module.weight))
     stored = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
     other = sum(size for key, size in stored.items() if key not in counted)
@@ -354,13 +386,14 @@ def report(model: nn.Module) -> Report:
 def prepare_for_training(model: nn.Module, gradient_checkpointing: bool = True) -> nn.Module:
     """Make a quantized model ready to train its adapters or scales; nothing is cast to fp32.
 
-    Parameters that are neither a QuantLinear's LoRA nor already-trainable scales or zeros are frozen. Gradient checkpointing
-    is switched on (non-reentrant) where the model offers it, and inputs are made to require gradients. The first training
-    forward checks that a gradient can flow; after the first backward, parameters that none reached are named once.
+    Parameters that are neither a QuantLinear's LoRA nor already-trainable scales or zeros are frozen. Gradient
+    checkpointing is switched on (non-reentrant) where the model offers it, and inputs are made to require gradients.
+    The first training forward checks that a gradient can flow; after the first backward, parameters that none reached
+    are named once.
 
     Raises:
-        ValueError: the model holds no QuantLinear; later, from its first training forward: nothing trains, or the output
-            needs no gradient.
+        ValueError: the model holds no QuantLinear; later, from its first training forward: nothing trains, or the
+            output needs no gradient.
     """
     layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
     if not layers:
@@ -396,11 +429,13 @@ class _GradientCheck:
             return
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
-            raise ValueError(f"nothing in {type(model).__name__} trains; attach a LoRA or call qft.train_only(model, 'scales')")
+            raise ValueError(
+                f"nothing in {type(model).__name__} trains; attach a LoRA or call qft.train_only(model, 'scales')"
+            )
         if not self.seen_forward:
             if not any(tensor.requires_grad for tensor in _tensors(output)):
                 raise ValueError(
-                    f"the output of {type(model).__name__} needs no gradient although {len(trainable)} parameters train; "
+                    f"the output of {type(model).__name__} needs no gradient though {len(trainable)} parameters train; "
                     "use non-reentrant checkpointing or model.enable_input_require_grads()"
                 )
             self.seen_forward = True

@@ -158,7 +158,9 @@ def quantize(weight: Tensor, fmt: Format, code: str, isa: str) -> tuple[Tensor, 
     return codes, scales, zeros, bad
 
 
-def dequantize(q: QuantTensor, out: Tensor, rows: tuple[int, int], columns: tuple[int, int], code: str, isa: str) -> None:
+def dequantize(
+    q: QuantTensor, out: Tensor, rows: tuple[int, int], columns: tuple[int, int], code: str, isa: str
+) -> None:
     """Write the rectangle `rows` x `columns` of W into `out`; columns start on a multiple of `BLOCK`."""
     shape = (rows[1] - rows[0], columns[1] - columns[0])
     tables()[code, isa].dequantize(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from functools import lru_cache
+from functools import cache
 
 log = logging.getLogger("qft")
 
 
-@lru_cache(maxsize=None)
+@cache
 def say_once(message: str) -> None:
     """Log `message` as a warning the first time it is said in this process."""
     log.warning(message)

@@ -11,12 +11,18 @@ from torch import Tensor
 from .format import Format
 
 TORCH_DTYPE = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it a reciprocal is not finite: such a group is a group of zeros
+SMALLEST_SCALE = torch.finfo(
+    torch.float32
+).tiny  # below it a reciprocal is not finite: such a group is a group of zeros
 
 
 def per_weight(values: Tensor, fmt: Format, in_features: int) -> Tensor:
     """Spread `[out, groups]` over the weights of each group: `[out, in_features]`."""
-    return values.repeat_interleave(fmt.group_size(in_features), dim=1)[:, :in_features] if fmt.group else values.expand(-1, in_features)
+    return (
+        values.repeat_interleave(fmt.group_size(in_features), dim=1)[:, :in_features]
+        if fmt.group
+        else values.expand(-1, in_features)
+    )
 
 
 def quantize(weight: Tensor, fmt: Format) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -70,8 +76,10 @@ def _ranked(levels: Tensor) -> tuple[Tensor, Tensor]:
     return ordered, torch.stack([(levels == level).nonzero()[0, 0] for level in ordered])
 
 
-def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, fmt: Format, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Weights `[out, in]` from codes `[out, in]`, scales and zero points `[out, groups]`: fp32 level x scale, rounded once."""
+def dequantize(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, fmt: Format, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Weights `[out, in]` of codes `[out, in]`, scales and zeros `[out, groups]`: fp32 level x scale, rounded once."""
     in_features = codes.shape[1]
     level = torch.tensor(fmt.levels, dtype=torch.float32, device=codes.device)[codes.long()]
     if zeros is not None:
@@ -100,7 +108,7 @@ def scale_grad(dy: Tensor, x: Tensor, codes: Tensor, zeros: Tensor | None, fmt: 
 
 
 def zero_grad(dy: Tensor, x: Tensor, scales: Tensor, fmt: Format) -> Tensor:
-    """Gradient of the zero points, fp32 `[out, groups]`: minus the scale times the weight gradient summed over each group."""
+    """Gradient of the zero points, fp32 `[out, groups]`: minus the scale times the sum of dW over each group."""
     return -scales.float() * (dy.float().T @ _sum_groups(x.float(), fmt))
 
 

@@ -121,7 +121,7 @@ def quantize(weight: Tensor, fmt: Format | str, *, kernel: str | None = None, na
     if bad >= 0:
         row, column = divmod(bad, in_features)
         raise ValueError(
-            f"{name}[{row}, {column}] is {dense[row, column].item()}; only finite weights can be quantized, repair it first"
+            f"{name}[{row}, {column}] is {dense[row, column].item()}; only finite weights quantize, repair it first"
         )
     _refuse_overflow(scales, fmt, name)
     if fmt.scale == "dq":

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,18 @@ def test_a_failed_first_save_leaves_no_directory(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), files.replace_files(tmp_path / "new") as folder:
         (folder / "a" / "b").write_text("1")
     assert not (tmp_path / "new").exists()
+
+
+def test_readers_that_settle_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    names = [f"{folder}{number}" for folder in ("", "sub/", "sub/sub/") for number in range(10)]
+    for turn in range(20):
+        for name in names:
+            path = tmp_path / str(turn) / files.WRITTEN / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(name)
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(files.settle, [tmp_path / str(turn)] * 4))
+        assert contents(tmp_path / str(turn)) == {name: name for name in names}
 
 
 def test_what_a_killed_writer_left_is_cleared(tmp_path: Path) -> None:

@@ -276,9 +276,16 @@ def test_saving_rounds_the_scales_on_request_and_leaves_the_model_its_own(tmp_pa
     assert save(model, tmp_path / "m") == {}
 
 
-def test_loading_neither_uses_nor_moves_the_global_generator(tmp_path: Path) -> None:
+def test_loading_neither_uses_nor_moves_the_global_generator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = quantize_model(tiny_lm.model(), "nf4 g64 f32", rank=2)
     save(model, tmp_path / "m")
+    build = transformers.LlamaForCausalLM.__init__
+
+    def drawing(self: nn.Module, config: transformers.LlamaConfig) -> None:
+        torch.rand(1)  # as the constructors of some architectures do
+        build(self, config)
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "__init__", drawing)
     torch.manual_seed(5)
     wanted = torch.randn(3)
     torch.manual_seed(5)

@@ -37,12 +37,16 @@ def t5() -> nn.Module:
 
 def gpt2() -> nn.Module:
     torch.manual_seed(0)
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=96, n_positions=64))
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=96, n_positions=64)
+    )
 
 
 def mamba() -> nn.Module:
     torch.manual_seed(0)
-    return transformers.MambaForCausalLM(transformers.MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=96, state_size=8))
+    return transformers.MambaForCausalLM(
+        transformers.MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=96, state_size=8)
+    )
 
 
 MODELS = {"llama": llama, "bert": bert, "t5": t5, "gpt2": gpt2, "mamba": mamba}
@@ -127,7 +131,9 @@ def test_a_module_used_in_two_places_is_replaced_in_both() -> None:
 
 
 def test_layers_whose_parent_reads_the_weight_itself_stay_dense() -> None:
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 96, batch_first=True), 1, enable_nested_tensor=False)
+    model = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(64, 4, 96, batch_first=True), 1, enable_nested_tensor=False
+    )
     model = nn.Sequential(model, nn.Linear(64, 64))
     before = model.eval()(torch.ones(1, 3, 64))
     qft.quantize_model(model, "int8 channel")
@@ -152,7 +158,9 @@ def test_patterns(path: str, pattern: str, expected: bool) -> None:
 
 
 def test_formats_and_skip_by_pattern() -> None:
-    model = qft.quantize_model(llama(), "nf2 g64", skip=["k_proj"], formats={"*.mlp.*": "nf4 g64 dq", "q_proj": "int3 g32 zero"})
+    model = qft.quantize_model(
+        llama(), "nf2 g64", skip=["k_proj"], formats={"*.mlp.*": "nf4 g64 dq", "q_proj": "int3 g32 zero"}
+    )
     spelled = {layer.path.rpartition(".")[2]: str(layer.format) for layer in qft.report(model).layers}
     assert spelled["k_proj"] == "None"
     assert spelled["down_proj"] == "nf4 g64 dq"
@@ -200,7 +208,9 @@ def test_the_report_counts_the_bytes_really_stored() -> None:
 
 def test_loftq_records_the_error_of_every_step_and_calls_back() -> None:
     seen: list[tuple[str, int, float]] = []
-    model = qft.quantize_model(llama(), "nf2 g64", init="loftq", rank=8, iters=3, on_step=lambda *step: seen.append(step))
+    model = qft.quantize_model(
+        llama(), "nf2 g64", init="loftq", rank=8, iters=3, on_step=lambda *step: seen.append(step)
+    )
     for layer in qft.report(model).quantized:
         assert layer.errors == tuple(error for path, _, error in seen if path == layer.path)
         assert layer.errors[0] > layer.errors[1]

@@ -10,14 +10,32 @@ import struct
 
 from ..format import CODEBOOKS, INTEGERS, Format
 
-# What each instruction set's sources are compiled with; the file of the same name in csrc/qft/cpu/isa supplies its vectors.
+# What each instruction set's sources are compiled with; csrc/qft/cpu/isa holds a file of vectors of the same name.
 ISA_FLAGS: dict[str, tuple[str, ...]] = {
     "scalar": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c", "-mbmi2"),
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mbmi2", "-mprefer-vector-width=512"),
+    "avx512": (
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mfma",
+        "-mf16c",
+        "-mbmi2",
+        "-mprefer-vector-width=512",
+    ),
 }
 # Contraction is off so that each product rounds where the reference rounds it; fused steps are spelled in the kernels.
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-exceptions", "-fPIC", "-fopenmp", "-fvisibility=hidden")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-exceptions",
+    "-fPIC",
+    "-fopenmp",
+    "-fvisibility=hidden",
+)
 
 GENERIC_BITS = (1, 2, 3, 4)  # widths of codebooks read at run time
 
@@ -71,7 +89,9 @@ def emit_loadable(code: str) -> str:
 
 def emit_registry(tables: list[tuple[str, str]]) -> str:
     """C++ source of the list of the kernel tables `(code, isa)` that were built in."""
-    declared = "\n".join(f"namespace qft::{isa} {{ extern const Kernels {symbol(code)}_kernels; }}" for code, isa in tables)
+    declared = "\n".join(
+        f"namespace qft::{isa} {{ extern const Kernels {symbol(code)}_kernels; }}" for code, isa in tables
+    )
     listed = ",\n".join(f"  &qft::{isa}::{symbol(code)}_kernels" for code, isa in tables)
     return f"""// Emitted by qft.compiler.
 #include "qft/launch.h"

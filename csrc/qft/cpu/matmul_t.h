@@ -125,7 +125,7 @@ struct MatmulTStripe {
 // Blocks of a stripe: what the first-level cache holds, and enough stripes for all threads. No sum crosses columns, so
 // the bits do not depend on it.
 static inline int64_t stripe_blocks(int64_t count, int64_t rows, int threads) {
-  const int64_t fit = kStripeFloats / (rows * kBlock), share = (count + threads - 1) / threads;
+  const int64_t fit = rows ? kStripeFloats / (rows * kBlock) : count, share = (count + threads - 1) / threads;
   const int64_t size = least(fit, share);
   return size > 1 ? size : 1;
 }
