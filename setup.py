@@ -27,7 +27,8 @@ class BuildNative(build_ext):
         subprocess.run(["cmake", "--build", str(build), "-j", jobs], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         (module,) = build.glob("_native*.so")
-        shutil.copy2(module, target)
+        shutil.copy2(module, f"{target}.new")
+        os.replace(f"{target}.new", target)  # a process that has the old one loaded keeps it whole
 
 
 class BuildPython(build_py):
