@@ -333,12 +333,12 @@ def demo(
 
     with _progress() as tell:
         rows = run(find_examples(examples), out, tell, STEPS if steps is None else steps)
-    table = _table("perplexity on", "new domain", "", "own domain", "", "stored", "trainable", "time")
-    table.add_row("", "before", "after", "before", "after", "MB", "parameters", "s", end_section=True)
+    table = _table("perplexity on", "new domain", "own domain", "stored MB", "trainable", "seconds")
     for index, row in enumerate(rows):
         table.add_row(
             f"{row.bits} bits, {NAMES[row.method]}",
-            *(f"{value:.2f}" for value in (row.before, row.after, row.own_before, row.own_after)),
+            f"{row.before:.2f} → {row.after:.2f}",
+            f"{row.own_before:.2f} → {row.own_after:.2f}",
             f"{row.bytes / 1e6:.2f}",
             f"{row.trainable:,}",
             f"{row.seconds:.0f}",

@@ -35,7 +35,7 @@ BLOCK_SIZE = 256  # the context the model was trained on
 HELD_OUT = 0.15  # of the language reference's tokens
 WINDOWS = 64  # of each held-out text: 16 thousand tokens each, few enough for 6 minutes in all
 # Rates: the better of 2e-3 and 4e-3 on the dense model, of 1e-3 and 3e-3 at 4 bits; they hold for every width.
-STEPS, BATCH_SIZE = 80, 4
+STEPS, BATCH_SIZE = 60, 4
 RATES = {"lora": 4e-3, "scales": 3e-3}
 Method = Literal["dense", "plain", "loftq", "peqa"]
 NAMES: dict[Method, str] = {

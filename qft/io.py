@@ -161,8 +161,8 @@ def _describe(layer: QuantLinear, path: str) -> Layer:
         lora=lora,
         faces=DTYPE_NAMES[layer.weight.dtype] if isinstance(layer, FloatFacingQuantLinear) else None,
         stored_scale=remembered_scale(layer),
-        errors=tuple(map(float, getattr(layer, "init_errors", ()))),
-        dense_nbytes=getattr(layer, "dense_nbytes", None),
+        errors=tuple(map(float, layer.init_errors)),
+        dense_nbytes=layer.dense_nbytes or None,
     )
 
 
