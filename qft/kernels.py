@@ -30,8 +30,10 @@ VERBS = ("quantize", "dequantize", "matmul", "matmul_t", "scale_grad")
 # last-level cache share, large enough that torch.mm runs at its full rate (measured flat from 2 to 16 MiB at 512 rows).
 PANEL_BYTES = 4 << 20
 
-# Above this many rows a panel product beats the row kernels (measured, 4096 x 4096, nf4 g64, 4 cores with AVX-512).
-PANEL_ROWS = {torch.float32: 64, torch.bfloat16: 16, torch.float16: 64}
+# Above this many rows a panel product is taken. Measured on 4 cores with AVX-512, 4096 x 4096, nf4 g64: in bf16 the two
+# cross between 24 and 32 rows (dx: near 48); in fp32 and fp16 the row kernels still led by 2.2x at 96 rows, but AVX2's
+# are about a third as fast.
+PANEL_ROWS = {torch.float32: 128, torch.bfloat16: 24, torch.float16: 128}
 
 
 @dataclass(frozen=True)
