@@ -28,7 +28,7 @@ from .format import FormatError
 from .manifest import Layer, Lora, Manifest
 from .model import is_linear
 from .nn import FloatFacingQuantLinear, QuantLinear
-from .ops import STORED
+from .tensor import STORED
 from .tensor_file import DTYPE_NAMES, DTYPES
 
 WEIGHTS = "model.safetensors"
@@ -352,10 +352,7 @@ def _without_values(entry: Layer) -> QuantLinear:
         layer.add_lora(entry.lora.rank, entry.lora.alpha, entry.lora.dropout, A=a, B=b)
         layer.lora_scaling = entry.lora.scaling
     remember_scale(layer, entry.stored_scale)
-    known = {"init_errors": entry.errors or None, "dense_nbytes": entry.dense_nbytes}  # what `qft.report` tells
-    for name, value in known.items():
-        if value is not None:
-            setattr(layer, name, value)
+    layer.init_errors, layer.dense_nbytes = entry.errors, entry.dense_nbytes or 0
     return layer
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import kernels, ops
 from .format import DQ_BLOCK, ZERO_DTYPE, Format, FormatError
 from .reference import TORCH_DTYPE
-from .tensor import QuantTensor, quantize
+from .tensor import STORED, QuantTensor, quantize
 
 _ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -79,7 +79,7 @@ class QuantLinear(nn.Linear):
     @property
     def quant_tensor(self) -> QuantTensor:
         """The stored tensors, as they are: no copy."""
-        stored: Any = [self._parameters[name] for name in ops.STORED]
+        stored: Any = [self._parameters[name] for name in STORED]
         return QuantTensor(self.format, (self.out_features, self.in_features), *stored)
 
     @property
@@ -92,7 +92,7 @@ class QuantLinear(nn.Linear):
         if q.shape != (self.out_features, self.in_features):
             raise ValueError(f"the weight has shape {q.shape}, this layer {(self.out_features, self.in_features)}")
         self.format = q.format
-        for name in ops.STORED:
+        for name in STORED:
             value = getattr(q, name)
             self.register_parameter(name, None if value is None else nn.Parameter(value.detach(), requires_grad=False))
         spelling = torch.tensor(list(str(q.format).encode()), dtype=torch.uint8, device=q.weight.device)
@@ -175,8 +175,7 @@ class QuantLinear(nn.Linear):
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
-        stored = [self._parameters[name] for name in ops.STORED]
-        y = torch.ops.qft.matmul(x, *stored, str(self.format), self.in_features)
+        y = ops.matmul(x, self.quant_tensor)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y if self.lora_A is None or self.lora_B is None else y + self._lora(x, self.lora_A, self.lora_B)
@@ -200,7 +199,7 @@ class QuantLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Move with the module, but keep the format's dtypes: .half() must not round scales."""
-        stored = [p for name in ops.STORED if (p := self._parameters[name]) is not None]
+        stored = [p for name in STORED if (p := self._parameters[name]) is not None]
         kept = {id(tensor) for p in (*stored, self.weight_format) for tensor in (p, p.grad) if tensor is not None}
 
         def keep_dtype(tensor: Tensor) -> Tensor:

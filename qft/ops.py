@@ -15,9 +15,8 @@ from torch import Tensor
 
 from . import kernels, reference
 from .format import Format
-from .tensor import QuantTensor
+from .tensor import STORED, QuantTensor
 
-STORED = ("weight", "weight_scales", "weight_zeros", "weight_scales_absmax", "weight_scales_offset")
 _PACKED = "Tensor weight, Tensor scales, Tensor? zeros, Tensor? absmax, Tensor? offset, str fmt, int in_features"
 _CHUNK_BYTES = 4 << 20  # of fp32 products held at a time by the per-channel scale gradient
 

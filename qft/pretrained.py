@@ -15,7 +15,7 @@ from .format import FormatError
 from .io import load
 from .manifest import NAME, Manifest
 from .model import LayerReport, Report
-from .ops import STORED
+from .tensor import STORED
 from .tensor_file import DTYPES
 
 CHOICES = ("auto", "float32", "bfloat16", "float16")

@@ -10,6 +10,9 @@ from torch import Tensor
 from . import double_quant, kernels, reference
 from .format import ZERO_DTYPE, Format, FormatError
 
+# The tensors a weight is stored as, by their names in a layer and a file; the operators take them in this order.
+STORED = ("weight", "weight_scales", "weight_zeros", "weight_scales_absmax", "weight_scales_offset")
+
 
 @dataclass(frozen=True)
 class QuantTensor:
@@ -52,8 +55,7 @@ class QuantTensor:
 
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by the names they have in a layer and a file."""
-        names = ("weight", "weight_scales", "weight_zeros", "weight_scales_absmax", "weight_scales_offset")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        return {name: value for name in STORED if (value := getattr(self, name)) is not None}
 
     @property
     def nbytes(self) -> int:

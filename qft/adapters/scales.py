@@ -21,9 +21,8 @@ from ..files import replace_file
 from ..format import ZERO_DTYPE, Format, FormatError
 from ..nn import QuantLinear
 from ..notices import say_once
-from ..ops import STORED
 from ..reference import TORCH_DTYPE
-from ..tensor import QuantTensor
+from ..tensor import STORED, QuantTensor
 from ..tensor_file import Stored
 
 _METADATA = "qft_task"
