@@ -22,7 +22,9 @@ class BuildNative(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
-        configure = ["-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+        # named at every build: the one that an isolated build environment had is gone with it
+        ninja = [f"-DCMAKE_MAKE_PROGRAM={path}"] if (path := shutil.which("ninja")) else []
+        configure = ["-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}", *ninja]
         subprocess.run(["cmake", *configure], check=True)
         subprocess.run(["cmake", "--build", str(build), "-j", jobs], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)

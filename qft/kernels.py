@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import native, reference
-from .compiler.emit import ISA_FLAGS, generic_code
+from .compiler.emit import CPU_FLAGS, generic_code, table_code
 from .compiler.jit import build
 from .format import CODEBOOKS, INTEGERS, Format
 from .notices import say_once
@@ -27,13 +27,18 @@ if TYPE_CHECKING:
 VERBS = ("quantize", "dequantize", "matmul", "matmul_t", "scale_grad")
 
 # Bytes of dense weights a panel product holds at a time, reused from panel to panel: small enough to stay in a
-# last-level cache share, large enough that torch.mm runs at its full rate (measured flat from 2 to 16 MiB at 512 rows).
-PANEL_BYTES = 4 << 20
+# last-level cache, large enough that torch.mm runs at its full rate. CPU: measured flat from 2 to 16 MiB at 512 rows.
+# CUDA: two thirds of an H100's L2; not measured yet.
+PANEL_BYTES = {"cpu": 4 << 20, "cuda": 32 << 20}
 
-# Above this many rows a panel product is taken. Measured on 4 cores with AVX-512, 4096 x 4096, nf4 g64: in bf16 the two
-# cross between 24 and 32 rows (dx: near 48); in fp32 and fp16 the row kernels still led by 2.2x at 96 rows, but AVX2's
-# are about a third as fast.
-PANEL_ROWS = {torch.float32: 128, torch.bfloat16: 24, torch.float16: 128}
+# Above this many rows a panel product is taken, by device and dtype; dtypes left out take one at any number of rows.
+# CPU: measured on 4 cores with AVX-512, 4096 x 4096, nf4 g64: in bf16 the two cross between 24 and 32 rows (dx: near
+# 48); in fp32 and fp16 the row kernels still led by 2.2x at 96 rows, but AVX2's are about a third as fast.
+# CUDA: what one launch of the small product covers; not measured yet (`make gpu-bench` times both sides of it).
+PANEL_ROWS = {
+    "cpu": {torch.float32: 128, torch.bfloat16: 24, torch.float16: 128},
+    "cuda": {torch.bfloat16: 64, torch.float16: 64},
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Problem:
 
     verb: str
     fmt: Format
-    device: str
+    device: str  # as torch spells it: "cpu", "cuda:1"
     dtype: torch.dtype
     rows: int = 0  # rows of x or dy; 0 for verbs without
 
@@ -68,8 +73,37 @@ class Choice:
 def _not_on_cpu(problem: Problem) -> str | None:
     if problem.device != "cpu":
         return f"the weight is on {problem.device}, this kernel runs on the CPU"
+    return _other_dtype(problem)
+
+
+def _other_dtype(problem: Problem) -> str | None:
     if problem.dtype not in native.DTYPES:
         return f"it takes float32, bfloat16 or float16, not {problem.dtype}"
+    return None
+
+
+OLDEST_GPU = (8, 0)  # compute capability: mma.sync of bf16 and cp.async came with it
+
+
+def _not_on_cuda(problem: Problem) -> str | None:
+    """Why CUDA kernels cannot run a problem at all."""
+    device = torch.device(problem.device)
+    if device.type != "cuda":
+        return f"the weight is on {problem.device}, this kernel runs on a CUDA device"
+    if reason := _other_dtype(problem):
+        return reason
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if (capability := torch.cuda.get_device_capability(device)) < OLDEST_GPU:
+        return f"{device} has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
+    return None if _compiled(problem.fmt, "cuda") else "qft was built without CUDA, and no nvcc was found to build now"
+
+
+def _no_small_product(problem: Problem) -> str | None:
+    if reason := _not_on_cuda(problem):
+        return reason
+    if problem.verb == "matmul" and problem.dtype == torch.float32:
+        return "tensor cores multiply bfloat16 and float16, not float32"
     return None
 
 
@@ -88,15 +122,23 @@ def _without(isa: str) -> Callable[[Problem], str | None]:
     return cannot
 
 
+def _panel_limit(problem: Problem) -> int:
+    """Rows up to which a kernel of qft's own multiplies; a panel product takes over above them."""
+    device = torch.device(problem.device).type
+    if device == "cuda" and problem.verb == "matmul_t":
+        return 0
+    return PANEL_ROWS.get(device, {}).get(problem.dtype, 0)
+
+
 def _many_rows(problem: Problem) -> str | None:
-    limit = PANEL_ROWS.get(problem.dtype, 0)
+    limit = _panel_limit(problem)
     if problem.verb not in ("matmul", "matmul_t") or problem.rows <= limit or _no_thread_pool():
         return None
     return f"{problem.rows} rows: above {limit} a panel product is faster"
 
 
 def _few_rows(problem: Problem) -> str | None:
-    limit = PANEL_ROWS.get(problem.dtype, 0)
+    limit = _panel_limit(problem)
     if problem.verb == "scale_grad" or problem.rows > limit:
         return None
     return f"{problem.rows} rows: up to {limit} the row kernels are faster"
@@ -107,7 +149,9 @@ def _no_thread_pool() -> bool:
 
 
 def _no_panel(problem: Problem) -> str | None:
-    if reason := _not_on_cpu(problem):
+    if problem.device != "cpu":
+        return _not_on_cuda(problem)
+    if reason := _other_dtype(problem):
         return reason
     if _no_thread_pool():
         return "torch's threads do not survive fork; torch.set_num_threads(1) in the child allows panel products"
@@ -125,41 +169,57 @@ def _is_built(fmt: Format) -> bool:
 
 
 def _compiled(fmt: Format, isa: str) -> bool:
-    """Whether kernels for the format's code exist on `isa`; levels of the user's own are compiled at first need."""
-    if (fmt.code, isa) in native.tables():
+    """Whether kernels for the format exist on `isa`; what was not built in is compiled at first need."""
+    if (table_code(fmt, isa), isa) in native.tables():
         return True
-    if _is_built(fmt):
+    if isa != "cuda" and _is_built(fmt):
         return False
-    _compile_at_first_need(fmt.code)
-    return (fmt.code, isa) in native.tables()
+    _compile_at_first_need(fmt.code, isa == "cuda")
+    return (table_code(fmt, isa), isa) in native.tables()
 
 
 @cache
-def _compile_at_first_need(code: str) -> None:
+def _compile_at_first_need(code: str, cuda: bool) -> None:
     """Tried once per process: a compiler that fails is not run again at every call."""
     try:
-        compile(Format(code, 64))
+        _build_missing(Format(code, 64), ["cuda"] if cuda else list(native.instruction_sets()))
     except OSError as reason:
-        say_once(f"{code} runs on the generic kernel, which is slower: {reason}")
+        say_once(f"{code} runs on the {'reference' if cuda else 'generic kernel'}, which is slower: {reason}")
 
 
-def compile(fmt: Format | str) -> list[str]:
-    """Build the kernels of a format for every instruction set of this machine; returns the instruction sets.
+def _build_missing(fmt: Format, isas: list[str]) -> None:
+    for library in build({isa: table_code(fmt, isa) for isa in isas}, _gpu_architecture() if "cuda" in isas else ""):
+        native.load(str(library))
+
+
+def _gpu_architecture() -> str:
+    """What nvcc calls the current GPU: Hopper's own instructions need the name with an a."""
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}{minor}a" if (major, minor) == (9, 0) else f"{major}{minor}"
+
+
+def compile(fmt: Format | str, *, cuda: bool = False) -> list[str]:
+    """Build what kernels of a format are missing on this machine; returns the instruction sets that have them.
 
     Formats of named codes come compiled. Levels of the user's own are built with the system's C++ compiler (`c++`,
     `g++` or `clang++` on the path) the first time they are used, or by this call, and cached by content under
     `QFT_CACHE` (`~/.cache/qft` where that is unset).
 
+    Args:
+        fmt: a Format or its spelling.
+        cuda: ask for the GPU's kernels too. Those that came with an installation by `nvcc` serve every format, levels
+            of the user's own included; where there are none, `nvcc` builds them for the current GPU.
+
     Raises:
         FormatError: `fmt` spells no format.
-        OSError: no C++ compiler was found, it failed, or the cache cannot be written.
+        OSError: no compiler was found, it failed, or the cache cannot be written.
     """
     fmt = Format.parse(fmt)
-    wanted = [isa for isa in native.instruction_sets() if (fmt.code, isa) not in native.tables()]
-    if wanted and not _is_built(fmt):
-        for library in build(fmt.code, wanted):
-            native.load(str(library))
-    return [isa for isa in native.instruction_sets() if (fmt.code, isa) in native.tables()]
+    isas = [*native.instruction_sets(), *(["cuda"] if cuda else [])]
+    missing = [isa for isa in isas if (table_code(fmt, isa), isa) not in native.tables()]
+    if missing := [isa for isa in missing if isa == "cuda" or not _is_built(fmt)]:
+        _build_missing(fmt, missing)
+    return [isa for isa in isas if (table_code(fmt, isa), isa) in native.tables()]
 
 
 def _row_kernel(isa: str) -> Kernel:
@@ -168,7 +228,8 @@ def _row_kernel(isa: str) -> Kernel:
 
 
 TABLE: tuple[Kernel, ...] = (
-    *(_row_kernel(isa) for isa in reversed([isa for isa in ISA_FLAGS if isa != "scalar"])),
+    Kernel("cuda", ("quantize", "dequantize", "matmul"), _no_small_product, _many_rows),
+    *(_row_kernel(isa) for isa in reversed([isa for isa in CPU_FLAGS if isa != "scalar"])),
     Kernel("panel", ("matmul", "matmul_t", "scale_grad"), _no_panel, _few_rows),
     _row_kernel("scalar"),
     Kernel("generic", VERBS[:4], _built_in, _many_rows),
@@ -197,11 +258,10 @@ def choose(problem: Problem, name: str | None = None) -> Choice:
 
 
 def _select(verb: str, q: QuantTensor, dtype: torch.dtype, rows: int = 0, name: str | None = None) -> str:
-    kernel = choose(Problem(verb, q.format, q.weight.device.type, dtype, rows), name).kernel.name
+    kernel = choose(Problem(verb, q.format, str(q.weight.device), dtype, rows), name).kernel.name
     if kernel == "reference" and name is None:
-        say_once(
-            f"{verb} of {q.format} on {q.weight.device.type} in {dtype} uses the reference: no compiled kernel takes it"
-        )
+        where = f"{q.weight.device} in {dtype}"
+        say_once(f"{verb} of {q.format} on {where} uses the reference: no compiled kernel takes it")
     return kernel
 
 
@@ -218,12 +278,12 @@ def _check_operand(operand: Tensor, q: QuantTensor, width: int, name: str) -> No
 
 def _table_of(fmt: Format, kernel: str) -> tuple[str, str]:
     """(code, instruction set) of a compiled kernel by its row's name."""
-    return (generic_code(fmt), "scalar") if kernel == "generic" else (fmt.code, kernel)
+    return (generic_code(fmt), "scalar") if kernel == "generic" else (table_code(fmt, kernel), kernel)
 
 
 def quantize(weight: Tensor, fmt: Format, kernel: str | None = None) -> tuple[Tensor, Tensor, Tensor | None, int]:
     """Packed codes, scales (fp32 under dq) and zeros as stored, and the index of the first non-finite weight or -1."""
-    name = choose(Problem("quantize", fmt, weight.device.type, weight.dtype), kernel).kernel.name
+    name = choose(Problem("quantize", fmt, str(weight.device), weight.dtype), kernel).kernel.name
     if name != "reference":
         return native.quantize(weight.contiguous(), fmt, *_table_of(fmt, name))
     finite = weight.isfinite().flatten()
@@ -241,7 +301,7 @@ def dequantize(q: QuantTensor, dtype: torch.dtype = torch.float32, kernel: str |
     name = _select("dequantize", q, dtype, name=kernel)
     if name == "reference":
         return reference.dequantize(q.unpack(), q.scales, q.zeros, q.format, dtype)
-    out = torch.empty(q.shape, dtype=dtype)
+    out = torch.empty(q.shape, dtype=dtype, device=q.weight.device)
     native.dequantize(q, out, (0, q.shape[0]), (0, q.shape[1]), *_table_of(q.format, name))
     return out
 
@@ -281,14 +341,22 @@ def scale_grad(dy: Tensor, x: Tensor, q: QuantTensor, kernel: str | None = None)
     return _panel_scale_grad(dy.contiguous(), x.contiguous(), q)
 
 
+def dot_columns(a: Tensor, b: Tensor, q: QuantTensor) -> Tensor:
+    """Sum over the rows of a * b, fp32 `[columns]`, for a and b `[rows, columns]` of one dtype: no copy in fp32."""
+    name = choose(Problem("dequantize", q.format, str(a.device), a.dtype)).kernel.name
+    if name == "reference":
+        return (a.float() * b).sum(0)
+    return native.dot_columns(a.contiguous(), b.contiguous(), q, *_table_of(q.format, name))
+
+
 def _elementwise(q: QuantTensor) -> tuple[str, str]:
     """The kernel that fills panels: the one dequantize would take."""
-    return _table_of(q.format, choose(Problem("dequantize", q.format, "cpu", torch.float32)).kernel.name)
+    return _table_of(q.format, choose(Problem("dequantize", q.format, str(q.weight.device), torch.float32)).kernel.name)
 
 
-def _panels(total: int, bytes_each: int, multiple: int) -> list[tuple[int, int]]:
+def _panels(total: int, bytes_each: int, multiple: int, device: str) -> list[tuple[int, int]]:
     """Cut `total` rows or columns of `bytes_each` bytes into panels of PANEL_BYTES, in multiples of `multiple`."""
-    size = max(multiple, PANEL_BYTES // max(1, bytes_each) // multiple * multiple)
+    size = max(multiple, PANEL_BYTES[device] // max(1, bytes_each) // multiple * multiple)
     return [(start, min(start + size, total)) for start in range(0, total, size)]
 
 
@@ -298,16 +366,16 @@ def product_dtype(dtype: torch.dtype, device: str = "cpu") -> torch.dtype:
 
 
 def _row_chunks(rows: int, width: int) -> list[tuple[int, int]]:
-    """Rows of an fp16 operand converted to fp32 at a time."""
-    return _panels(rows, 4 * width, 16)
+    """Rows of an fp16 operand converted to fp32 at a time, on a CPU."""
+    return _panels(rows, 4 * width, 16, "cpu")
 
 
 def _panel_matmul(x: Tensor, q: QuantTensor) -> Tensor:
     out, in_features = q.shape
-    dtype = product_dtype(x.dtype)
-    y = torch.empty(x.shape[0], out, dtype=x.dtype)
-    panels = _panels(out, in_features * dtype.itemsize, 16)
-    scratch = torch.empty(panels[0][1], in_features, dtype=dtype)
+    device, dtype = x.device, product_dtype(x.dtype, x.device.type)
+    y = torch.empty(x.shape[0], out, dtype=x.dtype, device=device)
+    panels = _panels(out, in_features * dtype.itemsize, 16, device.type)
+    scratch = torch.empty(panels[0][1], in_features, dtype=dtype, device=device)
     table = _elementwise(q)
     for first, last in panels:
         panel = scratch[: last - first]
@@ -322,10 +390,10 @@ def _panel_matmul(x: Tensor, q: QuantTensor) -> Tensor:
 
 def _panel_matmul_t(dy: Tensor, q: QuantTensor) -> Tensor:
     out, in_features = q.shape
-    dtype = product_dtype(dy.dtype)
-    dx = torch.empty(dy.shape[0], in_features, dtype=dy.dtype)
-    panels = _panels(in_features, out * dtype.itemsize, native.BLOCK)
-    scratch = torch.empty(out * panels[0][1], dtype=dtype)
+    device, dtype = dy.device, product_dtype(dy.dtype, dy.device.type)
+    dx = torch.empty(dy.shape[0], in_features, dtype=dy.dtype, device=device)
+    panels = _panels(in_features, out * dtype.itemsize, native.BLOCK, device.type)
+    scratch = torch.empty(out * panels[0][1], dtype=dtype, device=device)
     table = _elementwise(q)
     for first, last in panels:
         panel = scratch[: out * (last - first)].view(out, last - first)
@@ -340,10 +408,10 @@ def _panel_matmul_t(dy: Tensor, q: QuantTensor) -> Tensor:
 
 def _panel_scale_grad(dy: Tensor, x: Tensor, q: QuantTensor) -> Tensor:
     out, in_features = q.shape
-    dtype = product_dtype(x.dtype)
-    ds = torch.empty(out, q.format.groups(in_features), dtype=torch.float32)
-    panels = _panels(out, in_features * dtype.itemsize, 16)
-    scratch = torch.empty(panels[0][1], in_features, dtype=dtype)
+    device, dtype = x.device, product_dtype(x.dtype, x.device.type)
+    ds = torch.empty(out, q.format.groups(in_features), dtype=torch.float32, device=device)
+    panels = _panels(out, in_features * dtype.itemsize, 16, device.type)
+    scratch = torch.empty(panels[0][1], in_features, dtype=dtype, device=device)
     table = _elementwise(q)
     for first, last in panels:
         dw = scratch[: last - first]

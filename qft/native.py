@@ -32,6 +32,8 @@ SCALES = {name: getattr(_native.Scale, name) for name in ("f32", "f16", "bf16", 
 ZEROS = {scale: getattr(_native.Dtype, dtype) for scale, dtype in ZERO_DTYPE.items()}
 BLOCK: int = _native.BLOCK  # codes a kernel decodes at a time; column ranges start on a multiple of it
 
+_ALL_FINITE = torch.iinfo(torch.int64).max  # what quantize writes where no weight is bad
+
 _forked = False
 
 
@@ -56,9 +58,16 @@ def threads() -> int:
     return 1 if _forked else torch.get_num_threads()
 
 
+def _place(device: torch.device) -> Any:
+    """Where a verb runs: torch's threads, or torch's current stream on a CUDA device."""
+    if device.type == "cpu":
+        return _native.Place(threads=threads(), device=0, stream=0)
+    return _native.Place(threads=0, device=device.index, stream=torch.cuda.current_stream(device).cuda_stream)
+
+
 @lru_cache(maxsize=1)
 def instruction_sets() -> tuple[str, ...]:
-    """The instruction sets this machine runs and qft has kernels for, plainest first."""
+    """The instruction sets this processor runs and qft has kernels for, plainest first."""
     return tuple(_native.instruction_sets())
 
 
@@ -79,22 +88,22 @@ def load(path: str) -> None:
 
 @lru_cache(maxsize=64)
 def _levels(fmt: Format) -> Tensor:
-    """Levels by code, fp32 `[2^bits]` (up to 16; 8-bit kernels read none)."""
+    """Levels by code, fp32 `[2^bits]` (up to 16; 8-bit kernels read none), in host memory whatever the device."""
     count = 1 << min(fmt.bits, 4)
     return torch.tensor((fmt.levels + (0.0,) * count)[:count], dtype=torch.float32)
 
 
-@lru_cache(maxsize=1)
-def _dynamic_map() -> Tensor:
-    return dynamic_map().contiguous()
+@lru_cache(maxsize=16)
+def _dynamic_map(device: torch.device) -> Tensor:
+    return dynamic_map().contiguous().to(device)
 
 
-def check(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> int:
-    """Address of a contiguous CPU tensor of this shape and dtype; ValueError or TypeError names what differs."""
+def check(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, name: str, device: torch.device) -> int:
+    """Address of a contiguous tensor of this shape, dtype and device; ValueError or TypeError names what differs."""
     if tensor is None:
         raise ValueError(f"{name} is missing; this format needs it with shape {shape} and {dtype}")
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name} is on {tensor.device}, but this kernel runs on the CPU; move it with .cpu()")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, but this kernel runs on {device}; move it with .to({device})")
     if tensor.dtype != dtype:
         raise TypeError(f"{name} is {tensor.dtype}, expected {dtype}; convert it with .to({dtype})")
     if tuple(tensor.shape) != shape:
@@ -104,19 +113,37 @@ def check(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, nam
     return tensor.data_ptr()
 
 
-def _weight(q: QuantTensor) -> Any:
+def _device(isa: str, tensor: Tensor) -> torch.device:
+    """Where the tensors of a call must lie: on the CPU, or on the CUDA device that `tensor` is on."""
+    kind = "cuda" if isa == "cuda" else "cpu"
+    return tensor.device if tensor.device.type == kind else torch.device(kind)
+
+
+def _run(verb: str, table: tuple[str, str], fmt: Format, shape: tuple[int, ...], **arguments: Any) -> None:
+    """Call one verb of a kernel table. OSError: CUDA refused it; the message names verb, format and shape."""
+    try:
+        getattr(tables()[table], verb)(**arguments)
+    except RuntimeError as error:
+        raise OSError(f"{verb} of {fmt} {tuple(shape)} on {table[1]} failed: {error}") from error
+
+
+def _weight(q: QuantTensor, device: torch.device) -> Any:
     fmt, (out, in_features) = q.format, q.shape
     groups = fmt.groups(in_features)
     scale_dtype = torch.uint8 if fmt.scale == "dq" else TORCH_DTYPE[fmt.scale]
     zero_dtype = TORCH_DTYPE[ZERO_DTYPE[fmt.scale]]
     dq, blocks = fmt.scale == "dq", -(-out * groups // DQ_BLOCK)
+
+    def stored(name: str, shape: tuple[int, ...], dtype: torch.dtype, present: bool = True) -> int:
+        return check(getattr(q, name), shape, dtype, name, device) if present else 0
+
     return _native.Weight(
-        codes=check(q.weight, (out, fmt.row_bytes(in_features)), torch.uint8, "weight"),
-        scales=check(q.weight_scales, (out, groups), scale_dtype, "weight_scales"),
-        zeros=check(q.weight_zeros, (out, groups), zero_dtype, "weight_zeros") if fmt.zero else 0,
-        absmax=check(q.weight_scales_absmax, (blocks,), torch.float32, "weight_scales_absmax") if dq else 0,
-        offset=check(q.weight_scales_offset, (1,), torch.float32, "weight_scales_offset") if dq else 0,
-        dynamic_map=_dynamic_map().data_ptr() if dq else 0,
+        codes=stored("weight", (out, fmt.row_bytes(in_features)), torch.uint8),
+        scales=stored("weight_scales", (out, groups), scale_dtype),
+        zeros=stored("weight_zeros", (out, groups), zero_dtype, fmt.zero),
+        absmax=stored("weight_scales_absmax", (blocks,), torch.float32, dq),
+        offset=stored("weight_scales_offset", (1,), torch.float32, dq),
+        dynamic_map=_dynamic_map(device).data_ptr() if dq else 0,
         levels=_levels(fmt).data_ptr(),
         out=out,
         in_=in_features,
@@ -131,14 +158,20 @@ def _weight(q: QuantTensor) -> Any:
 def quantize(weight: Tensor, fmt: Format, code: str, isa: str) -> tuple[Tensor, Tensor, Tensor | None, int]:
     """Packed codes uint8 `[out, row_bytes]`, scales and zeros `[out, groups]` as stored (fp32 scales under dq), and the
     flat index of the first weight that is not finite, or -1."""
-    out, in_features = weight.shape
+    device, (out, in_features) = _device(isa, weight), weight.shape
+    address = check(weight, (out, in_features), weight.dtype, "weight", device)
     groups = fmt.groups(in_features)
     scale_dtype = torch.float32 if fmt.scale == "dq" else TORCH_DTYPE[fmt.scale]
-    codes = torch.empty(out, fmt.row_bytes(in_features), dtype=torch.uint8)
-    scales = torch.empty(out, groups, dtype=scale_dtype)
-    zeros = torch.empty(out, groups, dtype=TORCH_DTYPE[ZERO_DTYPE[fmt.scale]]) if fmt.zero else None
-    bad = tables()[code, isa].quantize(
-        weight=check(weight, (out, in_features), weight.dtype, "weight"),
+    codes = torch.empty(out, fmt.row_bytes(in_features), dtype=torch.uint8, device=device)
+    scales = torch.empty(out, groups, dtype=scale_dtype, device=device)
+    zeros = torch.empty(out, groups, dtype=TORCH_DTYPE[ZERO_DTYPE[fmt.scale]], device=device) if fmt.zero else None
+    bad = torch.empty(1, dtype=torch.int64, device=device)
+    _run(
+        "quantize",
+        (code, isa),
+        fmt,
+        weight.shape,
+        weight=address,
         out=out,
         in_=in_features,
         row_bytes=codes.shape[1],
@@ -153,76 +186,116 @@ def quantize(weight: Tensor, fmt: Format, code: str, isa: str) -> tuple[Tensor, 
         codes=codes.data_ptr(),
         scales=scales.data_ptr(),
         zeros=0 if zeros is None else zeros.data_ptr(),
-        threads=threads(),
+        bad=bad.data_ptr(),
+        place=_place(device),
     )
-    return codes, scales, zeros, bad
+    first = int(bad.item())
+    return codes, scales, zeros, -1 if first == _ALL_FINITE else first
 
 
 def dequantize(
     q: QuantTensor, out: Tensor, rows: tuple[int, int], columns: tuple[int, int], code: str, isa: str
 ) -> None:
     """Write the rectangle `rows` x `columns` of W into `out`; columns start on a multiple of `BLOCK`."""
-    shape = (rows[1] - rows[0], columns[1] - columns[0])
-    tables()[code, isa].dequantize(
-        weight=_weight(q),
+    device, shape = _device(isa, q.weight), (rows[1] - rows[0], columns[1] - columns[0])
+    _run(
+        "dequantize",
+        (code, isa),
+        q.format,
+        q.shape,
+        weight=_weight(q, device),
         row0=rows[0],
         row1=rows[1],
         col0=columns[0],
         col1=columns[1],
-        out=check(out, shape, out.dtype, "out"),
+        out=check(out, shape, out.dtype, "out", device),
         stride=shape[1],
         dtype=DTYPES[out.dtype],
-        threads=threads(),
+        place=_place(device),
     )
 
 
 def matmul(x: Tensor, q: QuantTensor, code: str, isa: str) -> Tensor:
     """y = x Wt, `[rows, out]` in x's dtype, for x `[rows, in]`."""
-    out, in_features = q.shape
-    rows = x.shape[0]
-    y = torch.empty(rows, out, dtype=x.dtype)
+    device, (out, in_features), rows = _device(isa, q.weight), q.shape, x.shape[0]
+    y = torch.empty(rows, out, dtype=x.dtype, device=device)
     if not rows:
         return y
-    workspace = torch.empty(rows, -(-in_features // BLOCK) * BLOCK)
-    tables()[code, isa].matmul(
-        weight=_weight(q),
-        x=check(x, (rows, in_features), x.dtype, "x"),
+    floats = tables()[code, isa].matmul_workspace(out=out, in_=in_features, rows=rows, device=device.index or 0)
+    workspace = torch.empty(floats, device=device)
+    _run(
+        "matmul",
+        (code, isa),
+        q.format,
+        q.shape,
+        weight=_weight(q, device),
+        x=check(x, (rows, in_features), x.dtype, "x", device),
         y=y.data_ptr(),
         rows=rows,
         dtype=DTYPES[x.dtype],
         workspace=workspace.data_ptr(),
-        threads=threads(),
+        place=_place(device),
     )
     return y
 
 
 def matmul_t(dy: Tensor, q: QuantTensor, code: str, isa: str) -> Tensor:
     """dx = dy W, `[rows, in]` in dy's dtype, for dy `[rows, out]`."""
-    out, in_features = q.shape
-    rows = dy.shape[0]
-    dx = torch.empty(rows, in_features, dtype=dy.dtype)
+    device, (out, in_features), rows = _device(isa, q.weight), q.shape, dy.shape[0]
+    dx = torch.empty(rows, in_features, dtype=dy.dtype, device=device)
     if not rows:
         return dx
-    tables()[code, isa].matmul_t(
-        weight=_weight(q),
-        dy=check(dy, (rows, out), dy.dtype, "dy"),
+    _run(
+        "matmul_t",
+        (code, isa),
+        q.format,
+        q.shape,
+        weight=_weight(q, device),
+        dy=check(dy, (rows, out), dy.dtype, "dy", device),
         dx=dx.data_ptr(),
         rows=rows,
         dtype=DTYPES[dy.dtype],
-        threads=threads(),
+        place=_place(device),
     )
     return dx
 
 
 def scale_grad(dw: Tensor, q: QuantTensor, rows: tuple[int, int], ds: Tensor, code: str, isa: str) -> None:
     """Reduce rows `rows` of the weight gradient dw `[rows, in]` to ds fp32 `[rows, groups]`: sum of dW x level."""
-    count, in_features = rows[1] - rows[0], q.shape[1]
-    tables()[code, isa].scale_grad(
-        weight=_weight(q),
+    device, count, in_features = _device(isa, q.weight), rows[1] - rows[0], q.shape[1]
+    _run(
+        "scale_grad",
+        (code, isa),
+        q.format,
+        q.shape,
+        weight=_weight(q, device),
         row0=rows[0],
         row1=rows[1],
-        dw=check(dw, (count, in_features), dw.dtype, "dw"),
+        dw=check(dw, (count, in_features), dw.dtype, "dw", device),
         dtype=DTYPES[dw.dtype],
-        ds=check(ds, (count, q.format.groups(in_features)), torch.float32, "ds"),
-        threads=threads(),
+        ds=check(ds, (count, q.format.groups(in_features)), torch.float32, "ds", device),
+        place=_place(device),
     )
+
+
+def dot_columns(a: Tensor, b: Tensor, q: QuantTensor, code: str, isa: str) -> Tensor:
+    """Sum over the rows of a * b, fp32 `[columns]`, for a and b `[rows, columns]` of one dtype."""
+    device, (rows, columns) = _device(isa, a), a.shape
+    total = torch.empty(columns, device=device)
+    floats = tables()[code, isa].dot_columns_workspace(rows=rows, columns=columns, device=device.index or 0)
+    workspace = torch.empty(floats, device=device)
+    _run(
+        "dot_columns",
+        (code, isa),
+        q.format,
+        q.shape,
+        a=check(a, (rows, columns), a.dtype, "a", device),
+        b=check(b, (rows, columns), a.dtype, "b", device),
+        rows=rows,
+        columns=columns,
+        dtype=DTYPES[a.dtype],
+        total=total.data_ptr(),
+        workspace=workspace.data_ptr(),
+        place=_place(device),
+    )
+    return total

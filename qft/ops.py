@@ -18,7 +18,6 @@ from .format import Format
 from .tensor import STORED, QuantTensor
 
 _PACKED = "Tensor weight, Tensor scales, Tensor? zeros, Tensor? absmax, Tensor? offset, str fmt, int in_features"
-_CHUNK_BYTES = 4 << 20  # of fp32 products held at a time by the per-channel scale gradient
 
 _library = torch.library.Library("qft", "DEF")
 
@@ -66,11 +65,7 @@ def _channel_scale_grad(dy: Tensor, x: Tensor, y: Tensor, q: QuantTensor) -> Ten
 
     Rows whose scale is 0 take the direct sum.
     """
-    step = max(1, _CHUNK_BYTES // (4 * q.shape[0]))
-    total = sum(
-        ((dy[i : i + step].float() * y[i : i + step]).sum(0) for i in range(0, dy.shape[0], step)),
-        start=torch.zeros(q.shape[0], device=dy.device),
-    )
+    total = kernels.dot_columns(dy, y, q)
     scales = q.scales[:, 0]
     ds = torch.where(scales == 0, 0, total / scales)[:, None]
     rows = (scales == 0).nonzero().flatten()

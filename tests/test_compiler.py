@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from formats import ELEVEN, TWO, error
+from formats import ELEVEN, FORMATS, TWO, error
 
 import qft
 from qft import kernels, native, notices, reference
+from qft.compiler import __main__ as compiler_main
 from qft.compiler import emit, jit
 from qft.format import CODEBOOKS, INTEGERS, Format, to_f32
 
 # -------------------------------------------------------------------------------------------------------- emit
 
 NF2 = """\
-// Emitted by qft.compiler for nf2; edit csrc/qft/cpu, not this.
+// Emitted by qft.compiler for nf2; edit csrc/qft, not this.
 #include "qft/cpu/verbs.h"
 #include "qft/cpu/formats.h"
 
@@ -35,17 +36,53 @@ const Kernels nf2_kernels = kernels_of<nf2>(QFT_STRING(QFT_ISA));
 """  # noqa: E501
 
 
+CUDA_INT4 = """\
+// Emitted by qft.compiler for int4; edit csrc/qft, not this.
+#include "qft/cuda/verbs.cuh"
+
+namespace qft::QFT_ISA {
+struct int4 : Code<Levels::integer, 4> {
+  static constexpr const char* name = "int4";
+};
+extern const Kernels int4_kernels;
+const Kernels int4_kernels = kernels_of<int4>(QFT_STRING(QFT_ISA));
+}  // namespace qft::QFT_ISA
+"""
+
+
 def test_the_emitted_text():
-    assert emit.emit("nf2") == NF2
+    assert emit.emit("nf2", "avx2") == NF2
+    assert emit.emit("int4", "cuda") == CUDA_INT4
+
+
+def test_every_format_has_its_kernels_among_those_built_for_cuda():
+    assert {emit.table_code(fmt, "cuda") for fmt in FORMATS} == set(emit.built_codes("cuda"))
+
+
+GPUS = {
+    "a Hopper and an Ada": ("9.0\n8.9\n9.0", ["arch=compute_89,code=sm_89", "arch=compute_90a,code=sm_90a"]),
+    "a driver that does not answer": ("No devices were found", list(emit.CUDA_TARGETS)),
+    "a driver that fails": ("8.0; exit 9", list(emit.CUDA_TARGETS)),
+}
+
+
+@pytest.mark.parametrize(("answer", "targets"), GPUS.values(), ids=GPUS)
+def test_cuda_is_built_for_the_gpus_present(answer, targets, monkeypatch, tmp_path):
+    smi = tmp_path / "nvidia-smi"
+    text, _, failure = answer.partition(";")
+    smi.write_text(f"#!/bin/sh\nprintf '{text}\\n'\n{failure}\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert list(compiler_main.cuda_targets()) == targets
 
 
 @pytest.mark.parametrize("code", [*CODEBOOKS, ELEVEN, TWO])
 def test_every_level_is_emitted_exactly(code):
-    (line,) = (line for line in emit.emit(code).splitlines() if "values[count]" in line)
+    (line,) = (line for line in emit.emit(code, "avx2").splitlines() if "values[count]" in line)
     numbers = line[line.index("{") + 1 : line.index("}")].split(", ")
     levels = Format(code, 64).levels
     assert [float.fromhex(number.removesuffix("f")) for number in numbers] == list(levels)
-    assert f"bits = {(len(levels) - 1).bit_length()}, count = {len(levels)};" in emit.emit(code)
+    assert f"bits = {(len(levels) - 1).bit_length()}, count = {len(levels)};" in emit.emit(code, "avx2")
 
 
 def test_a_symbol_per_code():
@@ -73,14 +110,14 @@ def test_the_ahead_of_time_set(tmp_path):
     sources = {f"{emit.symbol(code)}.cpp" for code in emit.built_codes("scalar")}
     assert set(written) == sources | {"registry.cpp", "kernels.cmake"}
     for code in emit.built_codes("scalar"):
-        assert (tmp_path / f"{emit.symbol(code)}.cpp").read_text() == emit.emit(code)
+        assert (tmp_path / f"{emit.symbol(code)}.cpp").read_text() == emit.emit(code, "avx2")
     registry = (tmp_path / "registry.cpp").read_text()
     assert "&qft::avx2::nf4_kernels" in registry
     assert "&qft::scalar::levels4_kernels" in registry
     assert "&qft::avx2::levels4_kernels" not in registry
     (tmp_path / "nf4.cpp").write_text("edited")
     subprocess.run(command, check=True)
-    assert (tmp_path / "nf4.cpp").read_text() == emit.emit("nf4")
+    assert (tmp_path / "nf4.cpp").read_text() == emit.emit("nf4", "avx2")
     assert all((tmp_path / name).stat().st_mtime_ns == then for name, then in written.items() if name != "nf4.cpp")
 
 
@@ -120,39 +157,67 @@ def compiler(tmp_path, monkeypatch):
     return install
 
 
+NVCC = """#!/bin/sh
+if [ "$1" = "--version" ]; then cat {folder}/version; exit; fi
+echo "$@" >> {folder}/runs
+while [ "$1" != "-o" ]; do shift; done
+echo "a library" > "$2"
+"""
+
+
+def test_cuda_kernels_are_cached_by_code_architecture_and_compiler(cache, monkeypatch, tmp_path):
+    nvcc, version, runs = tmp_path / "nvcc", tmp_path / "version", tmp_path / "runs"
+    nvcc.write_text(NVCC.format(folder=tmp_path))
+    nvcc.chmod(0o755)
+    version.write_text("13.0")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    libraries = [jit.build({"cuda": "levels4"}, "90a"), jit.build({"cuda": "levels4"}, "90a")]
+    assert libraries[0] == libraries[1]
+    assert len(runs.read_text().splitlines()) == 1
+    assert "-arch=sm_90a" in runs.read_text()
+    libraries.append(jit.build({"cuda": "levels3"}, "90a"))
+    libraries.append(jit.build({"cuda": "levels4"}, "89"))
+    version.write_text("13.1")
+    libraries.append(jit.build({"cuda": "levels4"}, "90a"))
+    assert len({str(library) for (library,) in libraries}) == 4
+    no_compiler(monkeypatch, tmp_path)
+    with pytest.raises(OSError, match=r"no CUDA compiler is on the path \(nvcc\)"):
+        jit.build({"cuda": "levels4"}, "90a")
+
+
 def no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
 
 
 def test_a_library_per_instruction_set_is_built_once(cache, compiler, monkeypatch, tmp_path):
     runs = compiler()
-    first = jit.build("[-1 0 1]", ["scalar", "avx2"])
+    first = jit.build({"scalar": "[-1 0 1]", "avx2": "[-1 0 1]"})
     assert runs() == 2
     assert sorted(path.name for path in cache.iterdir()) == sorted(path.name for path in first)
     assert [path.name.split("-")[:2] for path in first] == [
         [emit.symbol("[-1 0 1]"), isa] for isa in ("scalar", "avx2")
     ]
     no_compiler(monkeypatch, tmp_path)
-    assert jit.build("[-1 0 1]", ["scalar", "avx2"]) == first
+    assert jit.build({"scalar": "[-1 0 1]", "avx2": "[-1 0 1]"}) == first
     assert runs() == 2
 
 
 def test_only_what_the_cache_lacks_is_built(cache, compiler):
     runs = compiler()
-    jit.build("[-1 0 1]", ["scalar"])
-    jit.build("[-1 0 1]", ["scalar", "avx2"])
+    jit.build({"scalar": "[-1 0 1]"})
+    jit.build({"scalar": "[-1 0 1]", "avx2": "[-1 0 1]"})
     assert runs() == 2
-    jit.build("[-1 0 0.5 1]", ["scalar"])
+    jit.build({"scalar": "[-1 0 0.5 1]"})
     assert runs() == 3
 
 
 def test_the_name_is_a_hash_of_the_content(cache, compiler, monkeypatch, tmp_path):
     runs = compiler()
-    (before,) = jit.build("[-1 0 1]", ["scalar"])
+    (before,) = jit.build({"scalar": "[-1 0 1]"})
     monkeypatch.setattr(jit, "FLAGS", (*jit.FLAGS, "-DOTHER"))
-    (other_flags,) = jit.build("[-1 0 1]", ["scalar"])
+    (other_flags,) = jit.build({"scalar": "[-1 0 1]"})
     monkeypatch.setattr(jit, "_templates_hash", lambda: "other templates")
-    (other_templates,) = jit.build("[-1 0 1]", ["scalar"])
+    (other_templates,) = jit.build({"scalar": "[-1 0 1]"})
     assert len({before, other_flags, other_templates}) == 3
     assert runs() == 3
 
@@ -182,17 +247,17 @@ DAMAGE = {
 @pytest.mark.parametrize("harm", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_library_is_built_again(cache, compiler, harm):
     runs = compiler()
-    (library,) = jit.build("[-1 0 1]", ["scalar"])
+    (library,) = jit.build({"scalar": "[-1 0 1]"})
     whole = library.read_bytes()
     library.write_bytes(harm(whole))
-    assert jit.build("[-1 0 1]", ["scalar"]) == [library]
+    assert jit.build({"scalar": "[-1 0 1]"}) == [library]
     assert runs() == 2
     assert library.read_bytes() == whole
 
 
 def test_two_processes_may_build_the_same_kernels(cache, compiler):
     runs = compiler(seconds=1.5)
-    program = "from qft.compiler import jit; print(*jit.build('[-1 0 1]', ['scalar', 'avx2']))"
+    program = "from qft.compiler import jit; print(*jit.build({'scalar': '[-1 0 1]', 'avx2': '[-1 0 1]'}))"
     processes = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     outputs = [process.communicate(timeout=60)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
@@ -205,7 +270,7 @@ def test_two_processes_may_build_the_same_kernels(cache, compiler):
 def test_a_failing_compiler_is_quoted_and_leaves_nothing(cache, compiler):
     compiler(fail="echo 'kernels.cpp:7: error: no such thing'; echo 'error: and more'; exit 1")
     with pytest.raises(jit.CompilerError, match=r"could not compile \[-1 0 1\]: kernels.cpp:7: error: no such thing$"):
-        jit.build("[-1 0 1]", ["scalar", "avx2"])
+        jit.build({"scalar": "[-1 0 1]", "avx2": "[-1 0 1]"})
     assert list(cache.iterdir()) == []
 
 
@@ -220,7 +285,7 @@ def test_a_cache_that_cannot_be_written_is_an_os_error(compiler, monkeypatch, tm
     (tmp_path / "file").touch()
     monkeypatch.setenv("QFT_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(OSError, match="file"):
-        jit.build("[-1 0 1]", ["scalar"])
+        jit.build({"scalar": "[-1 0 1]"})
 
 
 def test_the_cache_has_a_home(monkeypatch, tmp_path):
@@ -278,7 +343,7 @@ def test_without_a_compiler_the_generic_kernel_runs_and_says_so_once(cache, monk
     assert error(outputs[1], dy.double() @ exact.double()) < 1e-5
     assert error(outputs[2], reference.scale_grad(dy, x, q.unpack(), None, q.format).double()) < 1e-5
 
-    (library,) = jit.build(code, ["scalar"])  # a compiler appears
+    (library,) = jit.build({"scalar": code})  # a compiler appears
     native.load(str(library))
     compiled = qft.quantize(weight, f"{code} g64", kernel="scalar")
     assert all(torch.equal(a, b) for a, b in zip(compiled.tensors().values(), q.tensors().values(), strict=True))

@@ -27,6 +27,7 @@ from formats import (
 
 import qft
 from qft import kernels, native, notices, reference
+from qft.compiler.emit import CPU_FLAGS
 from qft.format import Format
 from qft.kernels import PANEL_ROWS, TABLE, Problem, choose
 
@@ -180,10 +181,10 @@ def test_products_of_a_real_layer_match_float64(verb, fmt, kernel):
 @pytest.mark.parametrize("verb", CHECKS)
 @pytest.mark.parametrize("fmt", FEW, ids=str)
 def test_many_small_panels_make_the_same_product(verb, fmt, poisoned, monkeypatch):
-    monkeypatch.setattr(kernels, "PANEL_BYTES", 1 << 12)
+    monkeypatch.setitem(kernels.PANEL_BYTES, "cpu", 1 << 12)
     q = qft.quantize(sample((67, 1030)), fmt)
-    assert len(kernels._panels(67, 4 * 1030, 16)) > 4
-    assert len(kernels._panels(1030, 4 * 67, native.BLOCK)) > 4
+    assert len(kernels._panels(67, 4 * 1030, 16, "cpu")) > 4
+    assert len(kernels._panels(1030, 4 * 67, native.BLOCK, "cpu")) > 4
     for dtype in DTYPES:
         CHECKS[verb](q, 33, dtype, "panel")
 
@@ -216,6 +217,21 @@ def test_random_levels_tell_every_code_apart(bits, poisoned):
     assert torch.equal(q.unpack().unique(), torch.arange(2**bits, dtype=torch.uint8))
     CHECKS["matmul"](q, 3, torch.float32, "generic")
     CHECKS["matmul_t"](q, 3, torch.float32, "generic")
+
+
+@pytest.mark.parametrize("isa", CPU_FLAGS)
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (3, 16), (129, 63), (40, 64), (7, 100), (1000, 200)])
+def test_dot_columns(isa, shape, poisoned):
+    need(isa)
+    q = qft.quantize(torch.randn(2, 32), "nf4 g32")
+    for dtype in DTYPES:
+        a, b = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+        total = native.dot_columns(a, b, q, "nf4", isa)
+        assert total.dtype == torch.float32
+        exact = (a.double() * b.double()).sum(0)
+        # one rounding per row, of a partial sum no larger than the sum of magnitudes; they add up as a random walk
+        bound = torch.finfo(torch.float32).eps * (1 + shape[0] ** 0.5) * (a.double() * b.double()).abs().sum(0)
+        assert ((total - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("verb", ["matmul", "matmul_t"])
@@ -293,7 +309,7 @@ def test_a_row_of_x_does_not_depend_on_the_others(kernel):
 
 
 def test_one_row_is_for_row_kernels_and_many_for_panels():
-    for dtype, limit in PANEL_ROWS.items():
+    for dtype, limit in PANEL_ROWS["cpu"].items():
         for verb in ("matmul", "matmul_t"):
             few, many = (qft.explain("nf4 g64", 64, 64, rows, dtype)[verb] for rows in (limit, limit + 1))
             assert few.kernel.name == native.instruction_sets()[-1]
@@ -307,8 +323,9 @@ def test_explain_says_why_each_row_before_was_passed_over():
             assert all(names.index(name) < names.index(choice.kernel.name) for name, _ in choice.passed_over)
             assert all(len(reason) > 10 for _, reason in choice.passed_over)
     many = dict(qft.explain("nf4 g64", 4096, 4096, rows=512, dtype=torch.bfloat16)["matmul"].passed_over)
+    limit = PANEL_ROWS["cpu"][torch.bfloat16]
     if "avx512" in native.instruction_sets():
-        assert many["avx512"] == f"512 rows: above {PANEL_ROWS[torch.bfloat16]} a panel product is faster"
+        assert many["avx512"] == f"512 rows: above {limit} a panel product is faster"
 
 
 def test_a_device_without_kernels_takes_the_reference_and_says_so():

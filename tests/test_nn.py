@@ -22,7 +22,7 @@ from qft.format import Format, FormatError
 from qft.nn import QuantLinear
 from qft.reference import per_weight
 
-ABOVE = max(kernels.PANEL_ROWS.values()) + 1  # rows for which every dtype takes panel products
+ABOVE = max(kernels.PANEL_ROWS["cpu"].values()) + 1  # rows for which every dtype takes panel products
 
 # An operator's result carries two roundings to the activations' dtype: the weight's and its own. Bias and LoRA add six
 # (bias and both factors to that dtype, x At, the product, the sum); the rms of eight roundings is twice that of two.

@@ -13,7 +13,7 @@ from qft import kernels, ops, reference
 from qft.format import Format
 from qft.tensor import QuantTensor, quantize
 
-ABOVE = max(kernels.PANEL_ROWS.values()) + 1  # rows for which every dtype takes panel products
+ABOVE = max(kernels.PANEL_ROWS["cpu"].values()) + 1  # rows for which every dtype takes panel products
 LEADING = ((), (1,), (2, 7), (0,), (3, 0), (ABOVE,))
 
 

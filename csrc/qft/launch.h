@@ -1,9 +1,16 @@
-// The arguments of the five verbs, field by field, and the table of one format's kernels on one instruction set.
+// The arguments of the verbs, field by field, and the table of one format's kernels on one instruction set.
 #pragma once
 
 #include "qft/format.h"
 
 namespace qft {
+
+// Where a verb runs: on CPU threads, or on a CUDA device in a stream of the caller's.
+struct Place {
+  int threads;   // CPU
+  int device;    // CUDA ordinal
+  void* stream;  // cudaStream_t
+};
 
 // codes and scales of a dense matrix; under dq the scales are written in fp32 and quantized again by the caller
 struct QuantizeArgs {
@@ -13,12 +20,13 @@ struct QuantizeArgs {
   bool zero;         // asymmetric: codes count from the zero point
   Scale scale_kind;  // codes are chosen against the scale as stored
   Dtype zero_kind;
-  const float* levels;  // [1 << bits]; read by the kernels that were not compiled for a codebook
+  const float* levels;  // [1 << bits], host memory; read by the kernels that were not compiled for a codebook
   int count;            // levels in use, <= 1 << bits; likewise
   uint8_t* codes;       // [out][row_bytes]
   void* scales;         // [out][groups]
   void* zeros;          // [out][groups] or null
-  int threads;
+  int64_t* bad;         // [1] flat index of the first weight that is not finite, or INT64_MAX
+  Place place;
 };
 
 // a rectangle of W, dense
@@ -28,7 +36,7 @@ struct DequantizeArgs {
   void* out;                       // [row1 - row0][stride] in dtype
   int64_t stride;                  // elements between rows of out
   Dtype dtype;
-  int threads;
+  Place place;
 };
 
 // y = x Wt
@@ -38,8 +46,8 @@ struct MatmulArgs {
   void* y;        // [rows][out] in dtype
   int64_t rows;
   Dtype dtype;
-  float* workspace;  // rows * blocks(in) * 128
-  int threads;
+  float* workspace;  // [matmul_workspace(...)]
+  Place place;
 };
 
 // dx = dy W
@@ -49,7 +57,7 @@ struct MatmulTArgs {
   void* dx;        // [rows][in] in dtype
   int64_t rows;
   Dtype dtype;
-  int threads;
+  Place place;
 };
 
 // ds[o][g] = sum over the group of dW[o][j] * (level[o][j] - zero[o][g]), for rows row0..row1 of W
@@ -59,17 +67,33 @@ struct ScaleGradArgs {
   const void* dw;  // [row1 - row0][in] in dtype
   Dtype dtype;
   float* ds;  // [row1 - row0][groups]
-  int threads;
+  Place place;
 };
 
+// total[o] = sum over rows of a[row][o] * b[row][o], in fp32
+struct DotColumnsArgs {
+  const void* a;  // [rows][columns] in dtype
+  const void* b;  // [rows][columns] in dtype
+  int64_t rows, columns;
+  Dtype dtype;
+  float* total;      // [columns]
+  float* workspace;  // [dot_columns_workspace(...)]
+  Place place;
+};
+
+// A verb on a CUDA device is only launched; what fails there throws std::runtime_error.
 struct Kernels {
-  const char* code;                          // "nf4", "int3", "levels2" (any codebook of that width)
-  const char* isa;                           // "scalar", "avx2", "avx512"
-  int64_t (*quantize)(const QuantizeArgs&);  // flat index of the first weight that is not finite, or -1
+  const char* code;  // "nf4", "int3", "levels2" (any codebook of that width)
+  const char* isa;   // "scalar", "avx2", "avx512", "cuda"
+  void (*quantize)(const QuantizeArgs&);
   void (*dequantize)(const DequantizeArgs&);
   void (*matmul)(const MatmulArgs&);
   void (*matmul_t)(const MatmulTArgs&);
   void (*scale_grad)(const ScaleGradArgs&);
+  void (*dot_columns)(const DotColumnsArgs&);
+  // floats of scratch that a call needs
+  int64_t (*matmul_workspace)(int64_t out, int64_t in, int64_t rows, int device);
+  int64_t (*dot_columns_workspace)(int64_t rows, int64_t columns, int device);
 };
 
 constexpr int64_t blocks(int64_t in) { return (in + kBlock - 1) / kBlock; }

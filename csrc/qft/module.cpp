@@ -1,4 +1,5 @@
-// The doorway from Python: argument structs filled by keyword, the GIL released around every verb. No logic lives here.
+// The doorway from Python: argument structs filled by keyword, the GIL released around every verb. No logic lives
+// here.
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -79,6 +80,11 @@ PYBIND11_MODULE(_native, m) {
            py::kw_only(), "codes"_a, "scales"_a, "zeros"_a, "absmax"_a, "offset"_a, "dynamic_map"_a, "levels"_a,
            "out"_a, "in_"_a, "row_bytes"_a, "group"_a, "groups"_a, "scale_kind"_a, "zero_kind"_a);
 
+  py::class_<Place>(m, "Place")
+      .def(py::init(
+               [](int threads, int device, uintptr_t stream) { return Place{threads, device, pointer<void>(stream)}; }),
+           py::kw_only(), "threads"_a, "device"_a, "stream"_a);
+
   using Released = py::call_guard<py::gil_scoped_release>;
   py::class_<Kernels>(m, "Kernels")
       .def_property_readonly("code", [](const Kernels& k) { return k.code; })
@@ -87,45 +93,67 @@ PYBIND11_MODULE(_native, m) {
           "quantize",
           [](const Kernels& k, uintptr_t weight, int64_t out, int64_t in, int64_t row_bytes, int64_t group,
              int64_t groups, Dtype dtype, bool zero, Scale scale_kind, Dtype zero_kind, uintptr_t levels, int count,
-             uintptr_t codes, uintptr_t scales, uintptr_t zeros, int threads) {
-            return k.quantize({pointer<const void>(weight), out, in, row_bytes, group, groups, dtype, zero, scale_kind,
-                               zero_kind, pointer<const float>(levels), count, pointer<uint8_t>(codes),
-                               pointer<void>(scales), pointer<void>(zeros), threads});
+             uintptr_t codes, uintptr_t scales, uintptr_t zeros, uintptr_t bad, const Place& place) {
+            k.quantize({pointer<const void>(weight), out, in, row_bytes, group, groups, dtype, zero, scale_kind,
+                        zero_kind, pointer<const float>(levels), count, pointer<uint8_t>(codes), pointer<void>(scales),
+                        pointer<void>(zeros), pointer<int64_t>(bad), place});
           },
           py::kw_only(), "weight"_a, "out"_a, "in_"_a, "row_bytes"_a, "group"_a, "groups"_a, "dtype"_a, "zero"_a,
-          "scale_kind"_a, "zero_kind"_a, "levels"_a, "count"_a, "codes"_a, "scales"_a, "zeros"_a, "threads"_a,
+          "scale_kind"_a, "zero_kind"_a, "levels"_a, "count"_a, "codes"_a, "scales"_a, "zeros"_a, "bad"_a, "place"_a,
           Released())
       .def(
           "dequantize",
           [](const Kernels& k, const Weight& weight, int64_t row0, int64_t row1, int64_t col0, int64_t col1,
-             uintptr_t out, int64_t stride, Dtype dtype, int threads) {
-            k.dequantize({weight, row0, row1, col0, col1, pointer<void>(out), stride, dtype, threads});
+             uintptr_t out, int64_t stride, Dtype dtype, const Place& place) {
+            k.dequantize({weight, row0, row1, col0, col1, pointer<void>(out), stride, dtype, place});
           },
-          py::kw_only(), "weight"_a, "row0"_a, "row1"_a, "col0"_a, "col1"_a, "out"_a, "stride"_a, "dtype"_a,
-          "threads"_a, Released())
+          py::kw_only(), "weight"_a, "row0"_a, "row1"_a, "col0"_a, "col1"_a, "out"_a, "stride"_a, "dtype"_a, "place"_a,
+          Released())
       .def(
           "matmul",
           [](const Kernels& k, const Weight& weight, uintptr_t x, uintptr_t y, int64_t rows, Dtype dtype,
-             uintptr_t workspace, int threads) {
-            k.matmul(
-                {weight, pointer<const void>(x), pointer<void>(y), rows, dtype, pointer<float>(workspace), threads});
+             uintptr_t workspace, const Place& place) {
+            k.matmul({weight, pointer<const void>(x), pointer<void>(y), rows, dtype, pointer<float>(workspace), place});
           },
-          py::kw_only(), "weight"_a, "x"_a, "y"_a, "rows"_a, "dtype"_a, "workspace"_a, "threads"_a, Released())
+          py::kw_only(), "weight"_a, "x"_a, "y"_a, "rows"_a, "dtype"_a, "workspace"_a, "place"_a, Released())
       .def(
           "matmul_t",
           [](const Kernels& k, const Weight& weight, uintptr_t dy, uintptr_t dx, int64_t rows, Dtype dtype,
-             int threads) { k.matmul_t({weight, pointer<const void>(dy), pointer<void>(dx), rows, dtype, threads}); },
-          py::kw_only(), "weight"_a, "dy"_a, "dx"_a, "rows"_a, "dtype"_a, "threads"_a, Released())
+             const Place& place) {
+            k.matmul_t({weight, pointer<const void>(dy), pointer<void>(dx), rows, dtype, place});
+          },
+          py::kw_only(), "weight"_a, "dy"_a, "dx"_a, "rows"_a, "dtype"_a, "place"_a, Released())
       .def(
           "scale_grad",
           [](const Kernels& k, const Weight& weight, int64_t row0, int64_t row1, uintptr_t dw, Dtype dtype,
-             uintptr_t ds, int threads) {
-            k.scale_grad({weight, row0, row1, pointer<const void>(dw), dtype, pointer<float>(ds), threads});
+             uintptr_t ds, const Place& place) {
+            k.scale_grad({weight, row0, row1, pointer<const void>(dw), dtype, pointer<float>(ds), place});
           },
-          py::kw_only(), "weight"_a, "row0"_a, "row1"_a, "dw"_a, "dtype"_a, "ds"_a, "threads"_a, Released());
+          py::kw_only(), "weight"_a, "row0"_a, "row1"_a, "dw"_a, "dtype"_a, "ds"_a, "place"_a, Released())
+      .def(
+          "dot_columns",
+          [](const Kernels& k, uintptr_t a, uintptr_t b, int64_t rows, int64_t columns, Dtype dtype, uintptr_t total,
+             uintptr_t workspace, const Place& place) {
+            k.dot_columns({pointer<const void>(a), pointer<const void>(b), rows, columns, dtype, pointer<float>(total),
+                           pointer<float>(workspace), place});
+          },
+          py::kw_only(), "a"_a, "b"_a, "rows"_a, "columns"_a, "dtype"_a, "total"_a, "workspace"_a, "place"_a,
+          Released())
+      .def(
+          "matmul_workspace",
+          [](const Kernels& k, int64_t out, int64_t in, int64_t rows, int device) {
+            return k.matmul_workspace(out, in, rows, device);
+          },
+          py::kw_only(), "out"_a, "in_"_a, "rows"_a, "device"_a)
+      .def(
+          "dot_columns_workspace",
+          [](const Kernels& k, int64_t rows, int64_t columns, int device) {
+            return k.dot_columns_workspace(rows, columns, device);
+          },
+          py::kw_only(), "rows"_a, "columns"_a, "device"_a);
 
   m.def("instruction_sets", &instruction_sets,
-        "The instruction sets of this machine that kernels exist for, plainest first.");
+        "The instruction sets of this processor that kernels exist for, plainest first.");
   m.def("built_kernels", &built_kernels, py::return_value_policy::reference, "The kernels compiled ahead of time.");
   m.def("load_kernels", &load_kernels, py::return_value_policy::reference, "path"_a,
         "Load a library made by qft.compile.");

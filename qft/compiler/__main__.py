@@ -1,11 +1,13 @@
-"""`python -m qft.compiler OUT --isa scalar avx2`: write the ahead-of-time set and the CMake list that builds it."""
+"""`python -m qft.compiler OUT --isa scalar avx2 cuda`: write the ahead-of-time set and the CMake list to build it."""
 
 from __future__ import annotations
 
 import argparse
+import shutil
+import subprocess
 from pathlib import Path
 
-from .emit import FLAGS, ISA_FLAGS, built_codes, emit, emit_registry, symbol
+from .emit import CPU_FLAGS, CUDA_FLAGS, CUDA_TARGETS, FLAGS, built_codes, emit, emit_registry, symbol
 
 
 def write_if_changed(path: Path, text: str) -> None:
@@ -14,20 +16,35 @@ def write_if_changed(path: Path, text: str) -> None:
         path.write_text(text)
 
 
+def cuda_targets() -> tuple[str, ...]:
+    """What nvcc is to compile for: the GPUs of this machine, or `CUDA_TARGETS` where there is none."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return CUDA_TARGETS
+    query = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    asked = subprocess.run(query, capture_output=True, text=True, check=False)
+    present = {line.strip().replace(".", "") for line in asked.stdout.splitlines() if line.strip()}
+    if asked.returncode or not present or not all(name.isdigit() for name in present):
+        return CUDA_TARGETS
+    names = sorted("90a" if name == "90" else name for name in present)
+    return tuple(f"arch=compute_{name},code=sm_{name}" for name in names)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m qft.compiler", description=__doc__)
     parser.add_argument("out", type=Path, help="folder for the emitted sources")
-    parser.add_argument("--isa", nargs="+", choices=list(ISA_FLAGS), default=list(ISA_FLAGS))
+    parser.add_argument("--isa", nargs="+", choices=[*CPU_FLAGS, "cuda"], default=list(CPU_FLAGS))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     lists = [f"set(QFT_FLAGS {' '.join(FLAGS)})", f"set(QFT_ISAS {' '.join(arguments.isa)})"]
     for isa in arguments.isa:
         names = []
         for code in built_codes(isa):
-            names.append(f"{symbol(code)}.cpp")
-            write_if_changed(arguments.out / names[-1], emit(code))
+            names.append(f"{symbol(code)}.{'cu' if isa == 'cuda' else 'cpp'}")
+            write_if_changed(arguments.out / names[-1], emit(code, isa))
         lists.append(f"set(QFT_SOURCES_{isa} {' '.join(names)})")
-        lists.append(f"set(QFT_FLAGS_{isa} {' '.join(ISA_FLAGS[isa])})")
+        lists.append(f"set(QFT_FLAGS_{isa} {' '.join(CUDA_FLAGS if isa == 'cuda' else CPU_FLAGS[isa])})")
+    lists.append(f"set(QFT_CUDA_TARGETS {' '.join(cuda_targets())})")
     tables = [(code, isa) for isa in arguments.isa for code in built_codes(isa)]
     write_if_changed(arguments.out / "registry.cpp", emit_registry(tables))
     write_if_changed(arguments.out / "kernels.cmake", "\n".join(lists) + "\n")

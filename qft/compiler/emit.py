@@ -10,8 +10,8 @@ import struct
 
 from ..format import CODEBOOKS, INTEGERS, Format
 
-# What each instruction set's sources are compiled with; csrc/qft/cpu/isa holds a file of vectors of the same name.
-ISA_FLAGS: dict[str, tuple[str, ...]] = {
+# What each CPU instruction set's sources are compiled with; csrc/qft/cpu/isa holds a file of vectors of the same name.
+CPU_FLAGS: dict[str, tuple[str, ...]] = {
     "scalar": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c", "-mbmi2"),
     "avx512": (
@@ -37,7 +37,13 @@ FLAGS = (
     "-fvisibility=hidden",
 )
 
+# As above for nvcc; where the kernels go is named apart, by CUDA_TARGETS or for the one GPU at hand.
+CUDA_FLAGS = ("-std=c++17", "-O3", "-fmad=false", "--threads=1", "-Xcompiler=-fPIC,-fvisibility=hidden")
+# Machine code for A100 and its kin, for Hopper, and PTX that drivers translate for whatever is newer.
+CUDA_TARGETS = ("arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_80,code=compute_80")
+
 GENERIC_BITS = (1, 2, 3, 4)  # widths of codebooks read at run time
+GENERIC_CODES = tuple(f"levels{bits}" for bits in GENERIC_BITS)
 
 
 def generic_code(fmt: Format) -> str:
@@ -45,17 +51,27 @@ def generic_code(fmt: Format) -> str:
     return f"levels{fmt.bits}"
 
 
+def table_code(fmt: Format, isa: str) -> str:
+    """Name of the kernels that run `fmt` on an instruction set. On CUDA all codebooks of a width share theirs."""
+    return generic_code(fmt) if isa == "cuda" and not fmt.is_integer else fmt.code
+
+
 def symbol(code: str) -> str:
     """A C++ identifier for a code: its name, or a hash of its levels."""
     return code if code.isidentifier() else "levels_" + hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
-def emit(code: str) -> str:
-    """C++ source of the kernels of one code: a name of `CODEBOOKS` or `INTEGERS`, levels in brackets, or `levelsN`."""
+def emit(code: str, isa: str) -> str:
+    """C++ (for `isa` "cuda", CUDA) source of the kernels of one code: a name of `CODEBOOKS` or `INTEGERS`, levels in
+    brackets, or `levelsN`."""
     name = symbol(code)
-    if code in INTEGERS:
+    verbs = ("qft/cuda/verbs.cuh",) if isa == "cuda" else ("qft/cpu/verbs.h", "qft/cpu/formats.h")
+    if isa == "cuda":
+        kind = "integer" if code in INTEGERS else "codebook"
+        body = f"struct {name} : Code<Levels::{kind}, {INTEGERS.get(code) or code.removeprefix('levels')}> {{"
+    elif code in INTEGERS:
         body = f"struct {name} : Integer<{INTEGERS[code]}> {{"
-    elif code in (f"levels{bits}" for bits in GENERIC_BITS):
+    elif code in GENERIC_CODES:
         body = f"struct {name} : AnyCodebook<{code.removeprefix('levels')}> {{"
     else:
         fmt = Format(code, 64)
@@ -65,9 +81,9 @@ def emit(code: str) -> str:
             f"  static constexpr int bits = {fmt.bits}, count = {len(fmt.levels)};\n"
             f"  static constexpr float values[count] = {{{values}}};"
         )
-    return f"""// Emitted by qft.compiler for {code}; edit csrc/qft/cpu, not this.
-#include "qft/cpu/verbs.h"
-#include "qft/cpu/formats.h"
+    includes = "\n".join(f'#include "{header}"' for header in verbs)
+    return f"""// Emitted by qft.compiler for {code}; edit csrc/qft, not this.
+{includes}
 
 namespace qft::QFT_ISA {{
 {body}
@@ -79,9 +95,9 @@ const Kernels {name}_kernels = kernels_of<{name}>(QFT_STRING(QFT_ISA));
 """
 
 
-def emit_loadable(code: str) -> str:
+def emit_loadable(code: str, isa: str) -> str:
     """`emit`, with the one exported function by which a shared library hands over its kernels."""
-    return emit(code) + (
+    return emit(code, isa) + (
         f'extern "C" __attribute__((visibility("default"))) const qft::Kernels* qft_kernels() {{\n'
         f"  return &qft::QFT_ISA::{symbol(code)}_kernels;\n}}\n"
     )
@@ -110,9 +126,11 @@ const int kBuiltKernelCount = {len(tables)};
 
 
 def built_codes(isa: str) -> list[str]:
-    """The codes compiled ahead of time for an instruction set; codebooks read at run time only need the plainest."""
-    generic = [f"levels{bits}" for bits in GENERIC_BITS] if isa == "scalar" else []
-    return [*CODEBOOKS, *INTEGERS, *generic]
+    """The codes compiled ahead of time for an instruction set. On a CPU, codebooks read at run time only need the
+    plainest; on CUDA there are no others, since a table lookup takes as long whatever the table holds."""
+    if isa == "cuda":
+        return [*GENERIC_CODES, *INTEGERS]
+    return [*CODEBOOKS, *INTEGERS, *(GENERIC_CODES if isa == "scalar" else ())]
 
 
 def _hex_float(value: float) -> str:

@@ -1,6 +1,7 @@
-"""Kernels built at run time by the system's C++ compiler, kept in a cache by content.
+"""Kernels built at run time by the system's C++ compiler, or by nvcc, kept in a cache by content.
 
-A library's name is the hash of what it was made from: emitted source, templates, flags, processor family. It is built
+A library's name is the hash of what it was made from: emitted source, templates, flags, processor family; for CUDA the
+GPU's architecture and the compiler's version too. It is built
 under a temporary name, sealed with the hash of its bytes and renamed: a reader sees a whole one or none, and a damaged
 one is built again. Once it is there no compiler is needed.
 """
@@ -13,16 +14,17 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from .emit import FLAGS, ISA_FLAGS, emit_loadable, symbol
+from .emit import CPU_FLAGS, CUDA_FLAGS, FLAGS, emit_loadable, symbol
 
-COMPILERS = ("c++", "g++", "clang++")
+COMPILERS = {"C++": ("c++", "g++", "clang++"), "CUDA": ("nvcc",)}
 
 
 class CompilerError(OSError):
-    """No C++ compiler was found, or the one found failed."""
+    """No compiler was found, or the one found failed."""
 
 
 def cache_folder() -> Path:
@@ -40,61 +42,87 @@ def template_folder() -> Path:
     raise CompilerError(f"the kernel templates are missing beside {package}; reinstall qft")
 
 
-def _compiler() -> str:
-    for name in COMPILERS:
+def _compiler(language: str) -> str:
+    for name in COMPILERS[language]:
         if path := shutil.which(name):
             return path
-    names = ", ".join(COMPILERS)
-    raise CompilerError(f"no C++ compiler is on the path ({names}); install one to compile formats of your own")
+    names = ", ".join(COMPILERS[language])
+    raise CompilerError(f"no {language} compiler is on the path ({names}); install one to compile formats of your own")
 
 
 @lru_cache(maxsize=1)
 def _templates_hash() -> str:
     folder = template_folder()
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.h")):
+    for path in sorted(folder.rglob("*.*h")):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
-def build(code: str, isas: list[str]) -> list[Path]:
-    """Shared libraries of a code's kernels, one per instruction set, compiled side by side where the cache has none.
+@dataclass(frozen=True)
+class _Job:
+    """One library to build."""
+
+    code: str
+    isa: str
+    flags: tuple[str, ...]
+    key: str  # whatever else its content hangs on
+
+    @property
+    def language(self) -> str:
+        return "CUDA" if self.isa == "cuda" else "C++"
+
+    @property
+    def library(self) -> Path:
+        parts = (emit_loadable(self.code, self.isa), _templates_hash(), *self.flags, self.key)
+        digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+        return cache_folder() / f"{symbol(self.code)}-{self.isa}-{digest}.so"
+
+
+def _job(code: str, isa: str, architecture: str) -> _Job:
+    if isa == "cuda":
+        version = subprocess.run([_compiler("CUDA"), "--version"], capture_output=True, text=True, check=False).stdout
+        return _Job(code, isa, (*CUDA_FLAGS, f"-arch=sm_{architecture}", f"-DQFT_ISA={isa}", "-x=cu"), version)
+    return _Job(code, isa, (*FLAGS, *CPU_FLAGS[isa], f"-DQFT_ISA={isa}"), platform.machine())
+
+
+def build(codes: dict[str, str], architecture: str = "") -> list[Path]:
+    """Shared libraries of kernels, compiled side by side where the cache has none.
+
+    Args:
+        codes: by instruction set, the code whose kernels are wanted for it.
+        architecture: of the GPU, as in "90a", where "cuda" is among them.
 
     Raises:
         CompilerError: there is no compiler, or it failed; the message carries its first error line.
         OSError: the cache cannot be written.
     """
-    source = emit_loadable(code)
-    flags = {isa: (*FLAGS, *ISA_FLAGS[isa], f"-DQFT_ISA={isa}") for isa in isas}
-    libraries = {}
-    for isa in isas:
-        key = "\0".join((source, _templates_hash(), platform.machine(), *flags[isa]))
-        libraries[isa] = cache_folder() / f"{symbol(code)}-{isa}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
-    missing = {isa: flags[isa] for isa in isas if not _is_whole(libraries[isa])}
-    if missing:
-        compiler = _compiler()
+    jobs = [_job(code, isa, architecture) for isa, code in codes.items()]
+    if missing := [job for job in jobs if not _is_whole(job.library)]:
         cache_folder().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
-            for isa, built in _compile(compiler, code, source, missing, Path(folder)).items():
+            for job, built in _compile(missing, Path(folder)).items():
                 _seal(built)
-                os.replace(built, libraries[isa])  # atomic: processes that build the same one all end with a whole file
-    return list(libraries.values())
+                os.replace(built, job.library)  # atomic: processes that build the same one all end with a whole file
+    return [job.library for job in jobs]
 
 
-def _compile(compiler: str, code: str, source: str, flags: dict[str, tuple[str, ...]], folder: Path) -> dict[str, Path]:
-    """One library per instruction set in `folder`, all compilers running at once."""
-    text = folder / "kernels.cpp"
-    text.write_text(source)
-    built = {isa: folder / f"{isa}.so" for isa in flags}
+def _compile(jobs: list[_Job], folder: Path) -> dict[_Job, Path]:
+    """One library per job in `folder`, all compilers running at once."""
+    built = {job: folder / f"{job.isa}.so" for job in jobs}
     running = []
-    for isa, options in flags.items():
-        command = [compiler, *options, "-I", str(template_folder()), "-shared", str(text), "-o", str(built[isa])]
-        running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    outputs = [process.communicate()[0] for process in running]
-    for process, output in zip(running, outputs, strict=True):
+    for job in jobs:
+        source = folder / f"{job.isa}.cpp"
+        source.write_text(emit_loadable(job.code, job.isa))
+        compiler = _compiler(job.language)
+        command = [compiler, *job.flags, "-I", str(template_folder()), "-shared", str(source), "-o", str(built[job])]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        running.append((job, compiler, process))
+    outputs = [process.communicate()[0] for _, _, process in running]
+    for (job, compiler, process), output in zip(running, outputs, strict=True):
         if process.returncode:
             first = next((line for line in output.splitlines() if "error" in line), output[:200].strip())
-            raise CompilerError(f"{compiler} could not compile {code}: {first}")
+            raise CompilerError(f"{compiler} could not compile {job.code}: {first}")
     return built
 
 

@@ -38,7 +38,7 @@ static void dequantize(const DequantizeArgs& a) {
   const Grouping grouping(w);
   const Companion scales = Companion::scales(w, grouping), zeros = Companion::zeros(w, grouping);
   const int64_t first = a.col0 / kBlock, last = blocks(a.col1), whole = a.col1 / kBlock;
-#pragma omp parallel num_threads(a.threads)
+#pragma omp parallel num_threads(a.place.threads)
   {
     Scratch scale_row(scales.row_floats()), zero_row(zeros.row_floats());
 #pragma omp for schedule(static)

@@ -128,7 +128,7 @@ static void matmul_shifted(const MatmulArgs& a) {
   const Decoder<F> decoder(w);
   const Companion scales = Companion::scales(w, grouping), zeros = Companion::zeros(w, grouping);
   const int64_t scale_floats = scales.row_floats(), zero_floats = zeros.row_floats(), count = blocks(w.in);
-#pragma omp parallel num_threads(a.threads)
+#pragma omp parallel num_threads(a.place.threads)
   {
     permute_rows(a);
     Scratch scale_rows(kTileOutputs * scale_floats), zero_rows(kTileOutputs * zero_floats);
@@ -151,5 +151,8 @@ static void matmul(const MatmulArgs& a) {
     if (a.weight.zeros) return matmul_shifted<F, true>(a);
   matmul_shifted<F, false>(a);
 }
+
+// the activations of each row, permuted, in fp32
+static int64_t matmul_workspace(int64_t, int64_t in, int64_t rows, int) { return rows * blocks(in) * kBlock; }
 
 }  // namespace qft::QFT_ISA

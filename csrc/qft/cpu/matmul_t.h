@@ -136,8 +136,8 @@ static void matmul_t_shifted(const MatmulTArgs& a) {
   const Grouping grouping(w);
   const Decoder<F> decoder(w);
   const Companion scales = Companion::scales(w, grouping), zeros = Companion::zeros(w, grouping);
-  const int64_t count = blocks(w.in), size = stripe_blocks(count, a.rows, a.threads);
-#pragma omp parallel num_threads(a.threads)
+  const int64_t count = blocks(w.in), size = stripe_blocks(count, a.rows, a.place.threads);
+#pragma omp parallel num_threads(a.place.threads)
   {
     Scratch sums(a.rows * size * kBlock), dy(a.rows * kChunk);
     Scratch scale_rows(kTileOutputs * scales.row_floats()), zero_rows(kTileOutputs * zeros.row_floats());

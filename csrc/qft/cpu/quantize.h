@@ -131,10 +131,10 @@ static int64_t quantize_row(const QuantizeArgs& a, const Codebook& book, int64_t
 }
 
 template <class F>
-static int64_t quantize(const QuantizeArgs& a) {
+static void quantize(const QuantizeArgs& a) {
   const Codebook book = F::book(a.levels, a.count, a.zero);
   int64_t bad = INT64_MAX;
-#pragma omp parallel num_threads(a.threads)
+#pragma omp parallel num_threads(a.place.threads)
   {
     const QuantizeScratch scratch(a);
 #pragma omp for schedule(static) reduction(min : bad)
@@ -143,7 +143,7 @@ static int64_t quantize(const QuantizeArgs& a) {
       if (at >= 0 && at < bad) bad = at;
     }
   }
-  return bad == INT64_MAX ? -1 : bad;
+  *a.bad = bad;
 }
 
 }  // namespace qft::QFT_ISA

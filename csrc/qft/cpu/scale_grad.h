@@ -14,7 +14,7 @@ static void scale_grad(const ScaleGradArgs& a) {
   const Grouping grouping(w);
   const Companion zeros = Companion::zeros(w, grouping);
   const int64_t count = blocks(w.in);
-#pragma omp parallel num_threads(a.threads)
+#pragma omp parallel num_threads(a.place.threads)
   {
     Scratch zero_row(zeros.row_floats());
 #pragma omp for schedule(static)

@@ -18,6 +18,7 @@
 #include QFT_ISA_HEADER(QFT_ISA)
 
 #include "qft/cpu/dequantize.h"
+#include "qft/cpu/dot_columns.h"
 #include "qft/cpu/matmul.h"
 #include "qft/cpu/matmul_t.h"
 #include "qft/cpu/quantize.h"
@@ -27,7 +28,8 @@ namespace qft::QFT_ISA {
 
 template <class F>
 constexpr Kernels kernels_of(const char* isa) {
-  return {F::name, isa, quantize<F>, dequantize<F>, matmul<F>, matmul_t<F>, scale_grad<F>};
+  return {F::name,     isa,           quantize<F>, dequantize<F>,    matmul<F>,
+          matmul_t<F>, scale_grad<F>, dot_columns, matmul_workspace, dot_columns_workspace};
 }
 
 }  // namespace qft::QFT_ISA
