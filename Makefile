@@ -1,11 +1,11 @@
-# make demo | test | check | bench: each sets up .venv by itself.
+# make demo | test | check | bench | cuda: each sets up .venv by itself.
 PYTHON ?= python3
 TORCH  := 2.13.0
 PY     := .venv/bin/python
 READY  := .venv/.ready
 SOURCES := $(shell find csrc -type f) $(wildcard qft/compiler/*.py) qft/format.py CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: all demo test check bench clean
+.PHONY: all demo test check bench cuda clean
 all: $(READY)
 
 # torch comes first and pinned: any looser request would fetch a build of its own choice.
@@ -29,10 +29,14 @@ check: $(READY)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+	.venv/bin/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp')
 
 bench: $(READY)
 	$(PY) -m pytest bench --benchmark-enable --benchmark-only
+
+# Every CUDA kernel compiled, with what nvcc says of its registers and spills; needs nvcc and no GPU.
+cuda: $(READY)
+	$(PY) bench/cuda_resources.py
 
 clean:
 	rm -rf build dist .venv demo-out qft/*.so *.egg-info

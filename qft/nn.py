@@ -175,16 +175,27 @@ class QuantLinear(nn.Linear):
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
-        y = ops.matmul(x, self.quant_tensor)
+        flat = x.reshape(-1, self.in_features)
+        y = ops.matmul(flat, self.quant_tensor)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
-        return y if self.lora_A is None or self.lora_B is None else y + self._lora(x, self.lora_A, self.lora_B)
+        if self.lora_A is not None and self.lora_B is not None:
+            y = self._add_lora(y, flat, self.lora_A, self.lora_B)
+        return y.reshape(*x.shape[:-1], self.out_features)
 
-    def _lora(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def _add_lora(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """y + scaling * (dropout(x) At) Bt: summed by the product itself, without a pass over y of its own."""
         dtype = kernels.product_dtype(x.dtype, x.device.type)
-        a, b = a.to(dtype), (b * self.lora_scaling).to(dtype)
-        low = nn.functional.linear(self.lora_dropout(x).to(dtype), a)
-        return nn.functional.linear(low, b).to(x.dtype)
+        low = nn.functional.linear(self.lora_dropout(x).to(dtype), a.to(dtype))
+        b = (b * self.lora_scaling).to(dtype)
+        if dtype != y.dtype:
+            return y + nn.functional.linear(low, b).to(y.dtype)
+        return torch.addmm(y, low, b.T) if self._keeps_output() else y.addmm_(low, b.T)
+
+    def _keeps_output(self) -> bool:
+        """Whether the product's output is kept for the backward pass, so that nothing may be added to it in place."""
+        scales = self._parameters["weight_scales"]
+        return self.bias is None and self.format.group == 0 and scales is not None and scales.requires_grad
 
     def _check(self, x: Tensor) -> None:
         if x.dtype not in _ACTIVATIONS:

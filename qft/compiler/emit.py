@@ -38,7 +38,7 @@ FLAGS = (
 )
 
 # As above for nvcc; where the kernels go is named apart, by CUDA_TARGETS or for the one GPU at hand.
-CUDA_FLAGS = ("-std=c++17", "-O3", "-fmad=false", "--threads=1", "-Xcompiler=-fPIC,-fvisibility=hidden")
+CUDA_FLAGS = ("-std=c++17", "-O3", "-fmad=false", "--compress-mode=size", "-Xcompiler=-fPIC,-fvisibility=hidden")
 # Machine code for A100 and its kin, for Hopper, and PTX that drivers translate for whatever is newer.
 CUDA_TARGETS = ("arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_80,code=compute_80")
 
