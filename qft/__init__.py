@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .adapters.scales import save_scales as save_scales
     from .adapters.scales import scales_state as scales_state
     from .adapters.scales import train_only as train_only
+    from .adapters.shared_input import share_inputs as share_inputs
     from .format import Format as Format
     from .format import FormatError as FormatError
     from .init.loftq import loftq as loftq
@@ -54,6 +55,7 @@ _HOME = {
     "save": "io",
     "save_scales": "adapters.scales",
     "scales_state": "adapters.scales",
+    "share_inputs": "adapters.shared_input",
     "train_only": "adapters.scales",
 }
 

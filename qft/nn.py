@@ -40,6 +40,7 @@ class QuantLinear(nn.Linear):
     lora_B: nn.Parameter | None  # noqa: N815
     init_errors: tuple[float, ...] = ()  # relative error after each step of the start this layer came from
     dense_nbytes: int = 0  # of the dense weight it came from; 0 where that is not known
+    shared_input: Any = None  # the adapters.shared_input.SharedInput that multiplies lora_A for several layers at once
 
     def __init__(
         self,
@@ -172,7 +173,7 @@ class QuantLinear(nn.Linear):
             ValueError: x's last dimension is not in_features, or x and the weight are on different devices.
         """
         self._check(x)
-        device = x.device.type
+        given, device = x, x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         flat = x.reshape(-1, self.in_features)
@@ -180,13 +181,16 @@ class QuantLinear(nn.Linear):
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         if self.lora_A is not None and self.lora_B is not None:
-            y = self._add_lora(y, flat, self.lora_A, self.lora_B)
+            y = self._add_lora(y, flat, self.lora_A, self.lora_B, given)
         return y.reshape(*x.shape[:-1], self.out_features)
 
-    def _add_lora(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def _add_lora(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, given: Tensor) -> Tensor:
         """y + scaling * (dropout(x) At) Bt: summed by the product itself, without a pass over y of its own."""
         dtype = kernels.product_dtype(x.dtype, x.device.type)
-        low = nn.functional.linear(self.lora_dropout(x).to(dtype), a.to(dtype))
+        x = self.lora_dropout(x).to(dtype)
+        low = None if self.shared_input is None else self.shared_input.low(self, given, x)
+        if low is None:
+            low = nn.functional.linear(x, a.to(dtype))
         b = (b * self.lora_scaling).to(dtype)
         if dtype != y.dtype:
             return y + nn.functional.linear(low, b).to(y.dtype)

@@ -29,6 +29,7 @@ ORDER = (
     "qft.tensor_file",
     "qft.adapters",
     "qft.adapters.scales",
+    "qft.adapters.shared_input",
     "qft.init.svd",
     "qft.init.plain",
     "qft.init.loftq",
