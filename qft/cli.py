@@ -287,7 +287,9 @@ def _machine() -> dict[str, Any]:
         "processor": platform.machine(),
         "threads": native.threads(),
         "instruction sets": list(native.instruction_sets()),
-        "compiled codes": sorted({code for code, _ in native.tables()}),
+        "compiled codes": sorted({code for code, isa in native.tables() if isa != "cuda"}),
+        "CUDA kernels for": sorted({name for names in native.cuda_targets().values() for name in names}),
+        "GPUs": [torch.cuda.get_device_name(at) for at in range(torch.cuda.device_count())],
         "cache": str(cache_folder()),
     }
 
@@ -299,6 +301,9 @@ def explain(
     in_features: Annotated[int, typer.Argument(help="Columns of the weight.")] = 4096,
     rows: Annotated[int, typer.Option(help="Rows of the activations.")] = 1,
     dtype: Annotated[str, typer.Option(help="Of the activations: float32, bfloat16 or float16.")] = "bfloat16",
+    device: Annotated[
+        str | None, typer.Option(help="Of the weight: cpu or cuda; without it, cuda where there is.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say which kernel each verb takes on this machine, and why the others were passed over."""
@@ -311,11 +316,18 @@ def explain(
         raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(CHOICES[1:])}")
     if min(out_features, in_features, rows) < 1:
         raise ValueError(f"{rows} rows times a {out_features} x {in_features} weight is empty; use 1 or more of each")
-    chosen = kernels.explain(format, out_features, in_features, rows, getattr(torch, dtype))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r} is unknown; use cpu or cuda")
+    chosen = kernels.explain(format, out_features, in_features, rows, getattr(torch, dtype), device)
     table = _table("verb", "kernel", "passed over", justify="left")
     for verb, choice in chosen.items():
-        table.add_row(verb, choice.kernel.name, "\n".join(f"{name}: {why}" for name, why in choice.passed_over))
-    result = {verb: {"kernel": c.kernel.name, "passed over": dict(c.passed_over)} for verb, c in chosen.items()}
+        taken = f"{choice.kernel.name}: {choice.kernel.about}"
+        table.add_row(verb, taken, "\n".join(f"{name}: {why}" for name, why in choice.passed_over))
+    result = {
+        verb: {"kernel": c.kernel.name, "about": c.kernel.about, "passed over": dict(c.passed_over)}
+        for verb, c in chosen.items()
+    }
     _print(result, as_json, table)
 
 

@@ -54,10 +54,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One row of the table. `cannot` and `slower` return why not, or None."""
+    """One row of the table. `cannot` and `slower` return why not, or None; `about` says what it does."""
 
     name: str
     verbs: tuple[str, ...]
+    about: str
     cannot: Callable[[Problem], str | None]
     slower: Callable[[Problem], str | None] = field(default=lambda problem: None)
 
@@ -94,9 +95,17 @@ def _not_on_cuda(problem: Problem) -> str | None:
         return reason
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    if (capability := torch.cuda.get_device_capability(device)) < OLDEST_GPU:
-        return f"{device} has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
-    return None if _compiled(problem.fmt, "cuda") else "qft was built without CUDA, and no nvcc was found to build now"
+    capability = torch.cuda.get_device_capability(device)
+    named = f"{device} has compute capability {capability[0]}.{capability[1]}"
+    if capability < OLDEST_GPU:
+        return f"{named}, the kernels need {OLDEST_GPU[0]}.{OLDEST_GPU[1]}"
+    code = table_code(problem.fmt, "cuda")
+    if not native.serves(code, capability):
+        _compile_at_first_need(problem.fmt.code, capability)
+    if native.serves(code, capability):
+        return None
+    there = ", ".join(native.cuda_targets().get(code, ())) or "no GPU"
+    return f"{named}, qft was built for {there}; install it again where nvcc is on the PATH"
 
 
 def _no_small_product(problem: Problem) -> str | None:
@@ -169,71 +178,85 @@ def _is_built(fmt: Format) -> bool:
 
 
 def _compiled(fmt: Format, isa: str) -> bool:
-    """Whether kernels for the format exist on `isa`; what was not built in is compiled at first need."""
-    if (table_code(fmt, isa), isa) in native.tables():
+    """Whether a CPU's kernels for the format exist; levels of the user's own are compiled at first need."""
+    if (fmt.code, isa) in native.tables():
         return True
-    if isa != "cuda" and _is_built(fmt):
+    if _is_built(fmt):
         return False
-    _compile_at_first_need(fmt.code, isa == "cuda")
-    return (table_code(fmt, isa), isa) in native.tables()
+    _compile_at_first_need(fmt.code)
+    return (fmt.code, isa) in native.tables()
 
 
 @cache
-def _compile_at_first_need(code: str, cuda: bool) -> None:
-    """Tried once per process: a compiler that fails is not run again at every call."""
+def _compile_at_first_need(code: str, capability: tuple[int, int] | None = None) -> None:
+    """Tried once per process: a compiler that fails is not run again at every call. With `capability`, for that GPU."""
     try:
-        _build_missing(Format(code, 64), ["cuda"] if cuda else list(native.instruction_sets()))
+        if capability is None:
+            compile(Format(code, 64))
+        else:
+            _compile_for_gpu(Format(code, 64), capability)
     except OSError as reason:
-        say_once(f"{code} runs on the {'reference' if cuda else 'generic kernel'}, which is slower: {reason}")
+        slower = "generic kernel" if capability is None else "reference"
+        say_once(f"{code} runs on the {slower}, which is slower: {reason}")
 
 
-def _build_missing(fmt: Format, isas: list[str]) -> None:
-    for library in build({isa: table_code(fmt, isa) for isa in isas}, _gpu_architecture() if "cuda" in isas else ""):
-        native.load(str(library))
+def _compile_for_gpu(fmt: Format, capability: tuple[int, int]) -> None:
+    # Hopper's own instructions need the name with an a
+    name = f"{capability[0]}{capability[1]}{'a' if capability == (9, 0) else ''}"
+    (library,) = build({"cuda": table_code(fmt, "cuda")}, name)
+    native.load(str(library), f"sm_{name}")
 
 
-def _gpu_architecture() -> str:
-    """What nvcc calls the current GPU: Hopper's own instructions need the name with an a."""
-    major, minor = torch.cuda.get_device_capability()
-    return f"{major}{minor}a" if (major, minor) == (9, 0) else f"{major}{minor}"
-
-
-def compile(fmt: Format | str, *, cuda: bool = False) -> list[str]:
-    """Build what kernels of a format are missing on this machine; returns the instruction sets that have them.
+def compile(fmt: Format | str) -> list[str]:
+    """Build what kernels of a format this machine lacks; returns the instruction sets that have them.
 
     Formats of named codes come compiled. Levels of the user's own are built with the system's C++ compiler (`c++`,
     `g++` or `clang++` on the path) the first time they are used, or by this call, and cached by content under
-    `QFT_CACHE` (`~/.cache/qft` where that is unset).
-
-    Args:
-        fmt: a Format or its spelling.
-        cuda: ask for the GPU's kernels too. Those that came with an installation by `nvcc` serve every format, levels
-            of the user's own included; where there are none, `nvcc` builds them for the current GPU.
+    `QFT_CACHE` (`~/.cache/qft` where that is unset). For a GPU every format comes compiled, levels of the user's own
+    included, where qft was installed with `nvcc`; for a GPU it was not built for, `nvcc` builds them here.
 
     Raises:
         FormatError: `fmt` spells no format.
         OSError: no compiler was found, it failed, or the cache cannot be written.
     """
     fmt = Format.parse(fmt)
-    isas = [*native.instruction_sets(), *(["cuda"] if cuda else [])]
-    missing = [isa for isa in isas if (table_code(fmt, isa), isa) not in native.tables()]
-    if missing := [isa for isa in missing if isa == "cuda" or not _is_built(fmt)]:
-        _build_missing(fmt, missing)
-    return [isa for isa in isas if (table_code(fmt, isa), isa) in native.tables()]
+    wanted = [isa for isa in native.instruction_sets() if (fmt.code, isa) not in native.tables()]
+    if wanted and not _is_built(fmt):
+        for library in build(dict.fromkeys(wanted, fmt.code)):
+            native.load(str(library))
+    made = [isa for isa in native.instruction_sets() if (fmt.code, isa) in native.tables()]
+    if not torch.cuda.is_available():
+        return made
+    capability = torch.cuda.get_device_capability()
+    if not native.serves(table_code(fmt, "cuda"), capability):
+        _compile_for_gpu(fmt, capability)
+    return [*made, "cuda"]
 
 
 def _row_kernel(isa: str) -> Kernel:
     verbs = VERBS[:4]
-    return Kernel(isa, verbs, _without(isa), _many_rows)
+    return Kernel(isa, verbs, f"codes decoded in {isa} registers, row by row", _without(isa), _many_rows)
 
 
 TABLE: tuple[Kernel, ...] = (
-    Kernel("cuda", ("quantize", "dequantize", "matmul"), _no_small_product, _many_rows),
+    Kernel(
+        "cuda",
+        ("quantize", "dequantize", "matmul"),
+        "codes decoded in registers; products on tensor cores, 64 rows a launch",
+        _no_small_product,
+        _many_rows,
+    ),
     *(_row_kernel(isa) for isa in reversed([isa for isa in CPU_FLAGS if isa != "scalar"])),
-    Kernel("panel", ("matmul", "matmul_t", "scale_grad"), _no_panel, _few_rows),
+    Kernel(
+        "panel",
+        ("matmul", "matmul_t", "scale_grad"),
+        "dense panels that stay in the cache, multiplied by torch.mm",
+        _no_panel,
+        _few_rows,
+    ),
     _row_kernel("scalar"),
-    Kernel("generic", VERBS[:4], _built_in, _many_rows),
-    Kernel("reference", VERBS, lambda problem: None),
+    Kernel("generic", VERBS[:4], "levels read at run time, one code at a time", _built_in, _many_rows),
+    Kernel("reference", VERBS, "obvious torch on a dense weight", lambda problem: None),
 )
 
 

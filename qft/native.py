@@ -77,12 +77,38 @@ def tables() -> dict[tuple[str, str], Any]:
     return {(kernels.code, kernels.isa): kernels for kernels in _native.built_kernels()}
 
 
-def load(path: str) -> None:
-    """Add the kernels of a library made by `qft.compile`; OSError where the machine refuses it."""
+@lru_cache(maxsize=1)
+def cuda_targets() -> dict[str, tuple[str, ...]]:
+    """What the CUDA kernels of a code are there for, as nvcc names it: sm_80 machine code, compute_80 portable PTX."""
+    built = tuple(_native.CUDA_TARGETS.split())
+    return {code: built for code, isa in tables() if isa == "cuda"}
+
+
+def serves(code: str, capability: tuple[int, int]) -> bool:
+    """Whether CUDA kernels of a code run on a GPU of this compute capability.
+
+    Machine code runs on its own major version from its minor upwards, and with an a on its own GPU alone; PTX runs on
+    everything newer.
+    """
+    for target in cuda_targets().get(code, ()):
+        kind, _, name = target.partition("_")
+        own = name.endswith("a")
+        major, minor = divmod(int(name.rstrip("a")), 10)
+        exact = capability == (major, minor)
+        if exact or (not own and (capability[0] == major or kind == "compute") and capability > (major, minor)):
+            return True
+    return False
+
+
+def load(path: str, target: str = "") -> None:
+    """Add the kernels of a library made by `qft.compile`, for `target` where they are CUDA's; OSError where the machine
+    refuses it."""
     try:
         kernels = _native.load_kernels(path)
     except ImportError as error:
         raise OSError(f"{path} did not load: {error}") from error
+    if kernels.isa == "cuda":
+        cuda_targets()[kernels.code] = (target,)
     tables()[kernels.code, kernels.isa] = kernels
 
 

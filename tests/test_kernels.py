@@ -27,7 +27,7 @@ from formats import (
 
 import qft
 from qft import kernels, native, notices, reference
-from qft.compiler.emit import CPU_FLAGS
+from qft.compiler.emit import CPU_FLAGS, built_codes
 from qft.format import Format
 from qft.kernels import PANEL_ROWS, TABLE, Problem, choose
 
@@ -425,3 +425,131 @@ def test_named_codes_need_no_compiling():
     for fmt in FORMATS:
         if has_own_kernels(fmt):
             assert qft.compile(fmt) == list(native.instruction_sets())
+
+
+# -------------------------------------------------------------------------------------------------- the GPU's rows
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch):
+    """As if torch saw one GPU of a compute capability, and qft had been built for some targets."""
+
+    def install(capability=(9, 0), targets=("sm_80", "sm_90a", "compute_80")):
+        codes = built_codes("cuda")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(native, "cuda_targets", lambda: dict.fromkeys(codes, targets) if targets else {})
+        kernels._compile_at_first_need.cache_clear()
+
+    return install
+
+
+def chosen(verb, dtype=torch.bfloat16, rows=1, fmt="nf4 g64"):
+    return choose(Problem(verb, Format.parse(fmt), "cuda:0", dtype, rows)).kernel.name
+
+
+@pytest.mark.parametrize("fmt", ["nf4 g64 dq", "int3 g128 f16 zero", f"{ELEVEN} g64"])
+def test_a_gpu_takes_few_rows_by_its_own_kernel_and_many_by_panels(fmt, pretend_gpu):
+    pretend_gpu()
+    for dtype in (torch.bfloat16, torch.float16):
+        limit = PANEL_ROWS["cuda"][dtype]
+        assert chosen("matmul", dtype, 1, fmt) == chosen("matmul", dtype, limit, fmt) == "cuda"
+        assert chosen("matmul", dtype, limit + 1, fmt) == "panel"
+    assert chosen("matmul", torch.float32, 1, fmt) == "panel"
+    for dtype in DTYPES:
+        assert chosen("quantize", dtype, 0, fmt) == chosen("dequantize", dtype, 0, fmt) == "cuda"
+        assert chosen("matmul_t", dtype, 1, fmt) == chosen("scale_grad", dtype, 1, fmt) == "panel"
+    assert chosen("matmul", torch.float64, 1, fmt) == "reference"
+
+
+def test_explain_says_what_the_gpu_takes_and_why(pretend_gpu):
+    pretend_gpu()
+    few, many = (qft.explain("nf4 g64", 4096, 4096, rows=rows, device="cuda")["matmul"] for rows in (1, 512))
+    assert (few.kernel.name, few.passed_over) == ("cuda", ())
+    assert "tensor cores" in few.kernel.about
+    assert dict(many.passed_over)["cuda"] == f"512 rows: above {limit_on_gpu()} a panel product is faster"
+    single = qft.explain("nf4 g64", 4096, 4096, dtype=torch.float32, device="cuda")["matmul"]
+    assert dict(single.passed_over)["cuda"] == "tensor cores multiply bfloat16 and float16, not float32"
+
+
+def limit_on_gpu():
+    return PANEL_ROWS["cuda"][torch.bfloat16]
+
+
+SERVED = {
+    "its own machine code": ((9, 0), ("sm_90a",), True),
+    "a later minor version": ((8, 9), ("sm_80",), True),
+    "an earlier minor version": ((8, 0), ("sm_86",), False),
+    "another major version": ((9, 0), ("sm_80",), False),
+    "PTX of an older GPU": ((12, 0), ("sm_90a", "compute_80"), True),
+    "PTX of a newer GPU": ((8, 6), ("compute_90",), False),
+    "machine code with an a is for one GPU": ((9, 1), ("sm_90a",), False),
+    "nothing": ((9, 0), (), False),
+}
+
+
+@pytest.mark.parametrize(("capability", "targets", "served"), SERVED.values(), ids=SERVED)
+def test_kernels_are_chosen_for_exact_gpus(capability, targets, served, pretend_gpu, monkeypatch):
+    pretend_gpu(capability, targets)
+    monkeypatch.setenv("PATH", "")  # no nvcc that could build what is missing
+    assert native.serves("levels4", capability) == served
+    assert (chosen("matmul") == "cuda") == served
+
+
+def test_a_gpu_without_kernels_is_named_and_the_way_out_too(pretend_gpu, monkeypatch, caplog):
+    pretend_gpu((9, 0), ("sm_80",))
+    monkeypatch.setenv("PATH", "")
+    notices.say_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "qft"):
+        reason = dict(choose(Problem("matmul", Format.parse("nf4 g64"), "cuda:1", torch.bfloat16, 1)).passed_over)
+    assert reason["cuda"] == (
+        "cuda:1 has compute capability 9.0, qft was built for sm_80; install it again where nvcc is on the PATH"
+    )
+    assert caplog.messages[0].startswith("nf4 runs on the reference, which is slower: no CUDA compiler is on the path")
+    pretend_gpu((7, 5))
+    reason = dict(choose(Problem("matmul", Format.parse("nf4 g64"), "cuda:0", torch.bfloat16, 1)).passed_over)
+    assert reason["cuda"] == "cuda:0 has compute capability 7.5, the kernels need 8.0"
+
+
+def test_for_a_gpu_it_was_not_built_for_nvcc_builds_the_kernels(pretend_gpu, monkeypatch):
+    pretend_gpu((8, 9), ())
+    made, loaded = [], []
+    monkeypatch.setattr(kernels, "build", lambda codes, name: made.append((codes, name)) or ["library"])
+    targets = {}
+    monkeypatch.setattr(native, "cuda_targets", lambda: targets)
+    monkeypatch.setattr(native, "load", lambda path, target: loaded.append(path) or targets.update(levels4=(target,)))
+    assert chosen("matmul") == chosen("matmul", rows=2) == "cuda"
+    assert (made, loaded) == ([({"cuda": "levels4"}, "89")], ["library"])
+
+
+def test_cuda_kernels_refuse_tensors_of_the_cpu():
+    if ("levels4", "cuda") not in native.tables():
+        pytest.skip("qft was built without nvcc")
+    q, x = qft.quantize(torch.randn(4, 64), "nf4 g64"), torch.randn(1, 64)
+    with pytest.raises(ValueError, match=re.escape("weight is on cpu, but this kernel runs on cuda; move it with")):
+        native.dequantize(q, torch.empty(4, 64), (0, 4), (0, 64), "levels4", "cuda")
+    with pytest.raises(ValueError, match=re.escape("x is on meta, but this kernel runs on cpu")):
+        native.matmul(x.to("meta"), q, "nf4", "scalar")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")
+def test_a_refusal_of_cuda_names_verb_format_and_shape():
+    if ("levels4", "cuda") not in native.tables():
+        pytest.skip("qft was built without nvcc")
+    with pytest.raises(OSError, match=r"dequantize of nf4 g64 f32 \(4, 64\) on cuda failed: cuda\w+: "):
+        native._run("dequantize", ("levels4", "cuda"), Format.parse("nf4 g64"), (4, 64), **a_rectangle())
+
+
+def a_rectangle():
+    q, out = qft.quantize(torch.randn(4, 64), "nf4 g64"), torch.empty(4, 64)
+    return {
+        "weight": native._weight(q, torch.device("cpu")),
+        "row0": 0,
+        "row1": 4,
+        "col0": 0,
+        "col1": 64,
+        "out": out.data_ptr(),
+        "stride": 64,
+        "dtype": native.DTYPES[out.dtype],
+        "place": native._native.Place(threads=0, device=0, stream=0),
+    }

@@ -158,6 +158,11 @@ PYBIND11_MODULE(_native, m) {
   m.def("load_kernels", &load_kernels, py::return_value_policy::reference, "path"_a,
         "Load a library made by qft.compile.");
   m.attr("BLOCK") = kBlock;
+#ifdef QFT_CUDA_TARGETS
+  m.attr("CUDA_TARGETS") = QFT_CUDA_TARGETS;
+#else
+  m.attr("CUDA_TARGETS") = "";
+#endif
 }
 
 }  // namespace qft
