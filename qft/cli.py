@@ -231,7 +231,7 @@ def generate(
     if tokens < 1 or temperature < 0:
         raise ValueError(f"--tokens {tokens} and --temperature {temperature} must be 1 or more, and 0 or more")
     network, tokenizer = _open(model, task, dtype), load_tokenizer(model)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(network.device)
     if not inputs["input_ids"].numel():
         raise ValueError("the prompt is empty; write at least a word")
     check_vocabulary("the prompt", inputs["input_ids"][0].tolist(), tokenizer, vocabulary(network))
@@ -373,12 +373,12 @@ def _quiet() -> None:
 
 def _open(model: Path, task: Path | None, dtype: str) -> Any:
     from .adapters.scales import load_scales
-    from .pretrained import load_model
+    from .pretrained import device, load_model
 
     network = load_model(model, dtype)
     if task:
         load_scales(network, task)
-    return network
+    return network.to(device())
 
 
 @contextmanager

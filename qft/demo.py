@@ -28,7 +28,7 @@ from .data import Examples, PaddingCollator, read
 from .evaluate import perplexity
 from .finetune import Recipe, run
 from .model import prepare_for_training, quantize_model
-from .pretrained import load_model, load_tokenizer
+from .pretrained import device, load_model, load_tokenizer
 
 RANK = 16
 BLOCK_SIZE = 256  # the context the model was trained on
@@ -151,7 +151,7 @@ def _run(method: Method, bits: int, base: Path, texts: Texts, steps: int, tell: 
     """One case: start, measure, train, measure."""
     what = f"{bits} bits, {NAMES[method]}"
     torch.manual_seed(0)
-    model = load_model(base, "float32")
+    model = load_model(base, "float32").to(device())
     start = time.perf_counter()
     model = _start(model, method, bits)
     spent = time.perf_counter() - start

@@ -21,6 +21,11 @@ from .tensor_file import DTYPES
 CHOICES = ("auto", "float32", "bfloat16", "float16")
 
 
+def device() -> torch.device:
+    """Where the commands run a model: the GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def is_quantized(directory: str | Path) -> bool:
     """Whether qft saved the model in this directory."""
     return (Path(directory) / NAME).is_file()

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -375,3 +376,19 @@ def test_templates_travel_with_the_package():
     folder = jit.template_folder()
     assert (folder / "qft" / "cpu" / "verbs.h").is_file()
     assert os.fspath(folder).endswith("csrc")
+
+
+# ------------------------------------------------------------------------------------------------------- build
+
+
+def test_without_nvcc_the_cpu_part_is_built_and_it_is_said(tmp_path):
+    cmake, ninja = shutil.which("cmake"), shutil.which("ninja") or str(Path(sys.executable).with_name("ninja"))
+    if cmake is None:
+        pytest.skip("needs cmake on the PATH")
+    root = Path(__file__).resolve().parents[1]
+    options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DQFT_NVCC=OFF"]
+    command = [cmake, "-S", str(root), "-B", str(tmp_path), "-G", "Ninja", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "nvcc was not found: qft is built for the CPU alone" in " ".join(done.stderr.split())
+    assert not list((tmp_path / "emitted").glob("*.cu"))
+    assert (tmp_path / "emitted" / "nf4.cpp").exists()
