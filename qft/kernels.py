@@ -364,12 +364,20 @@ def scale_grad(dy: Tensor, x: Tensor, q: QuantTensor, kernel: str | None = None)
     return _panel_scale_grad(dy.contiguous(), x.contiguous(), q)
 
 
-def dot_columns(a: Tensor, b: Tensor, q: QuantTensor) -> Tensor:
-    """Sum over the rows of a * b, fp32 `[columns]`, for a and b `[rows, columns]` of one dtype: no copy in fp32."""
-    name = choose(Problem("dequantize", q.format, str(a.device), a.dtype)).kernel.name
+def channel_scale_grad(dy: Tensor, x: Tensor, y: Tensor, q: QuantTensor) -> Tensor:
+    """Gradient of per-channel scales, fp32 `[out, 1]`, from y = x Wt as it was computed: no weight gradient is formed.
+
+    ds = sum over rows of dy * y / s (PEQA, section 3, with y / s for the unscaled product); where s is 0, which hides
+    the product, the sum is taken in full. Nothing waits for the device.
+    """
+    name = choose(Problem("dequantize", q.format, str(dy.device), dy.dtype)).kernel.name
     if name == "reference":
-        return (a.float() * b).sum(0)
-    return native.dot_columns(a.contiguous(), b.contiguous(), q, *_table_of(q.format, name))
+        return scale_grad(dy, x, q)
+    table, dy = _table_of(q.format, name), dy.contiguous()
+    scales = q.scales[:, 0]
+    ds = torch.where(scales == 0, 0, native.dot_columns(dy, y.contiguous(), q, *table) / scales)
+    native.zero_scale_grad(dy, x.contiguous(), q, ds, *table)
+    return ds[:, None]
 
 
 def _elementwise(q: QuantTensor) -> tuple[str, str]:

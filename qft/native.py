@@ -325,3 +325,21 @@ def dot_columns(a: Tensor, b: Tensor, q: QuantTensor, code: str, isa: str) -> Te
         place=_place(device),
     )
     return total
+
+
+def zero_scale_grad(dy: Tensor, x: Tensor, q: QuantTensor, ds: Tensor, code: str, isa: str) -> None:
+    """Write those numbers of ds fp32 `[out]` whose per-channel scale is 0: sum over rows of dy * (x . level)."""
+    device, (out, in_features), rows = _device(isa, q.weight), q.shape, x.shape[0]
+    _run(
+        "zero_scale_grad",
+        (code, isa),
+        q.format,
+        q.shape,
+        weight=_weight(q, device),
+        dy=check(dy, (rows, out), dy.dtype, "dy", device),
+        x=check(x, (rows, in_features), dy.dtype, "x", device),
+        rows=rows,
+        dtype=DTYPES[dy.dtype],
+        ds=check(ds, (out,), torch.float32, "ds", device),
+        place=_place(device),
+    )

@@ -51,29 +51,13 @@ def _shaped(fresh: Tensor, *shape: int) -> Tensor:
 def _scale_grad(dy: Tensor, x: Tensor, y: Tensor | None, *packed: Any) -> Tensor:
     q = _rebuild(*packed)
     dy, x = dy.reshape(-1, q.shape[0]), x.reshape(-1, q.shape[1])
-    ds = kernels.scale_grad(dy, x, q) if y is None else _channel_scale_grad(dy, x, y.reshape(dy.shape), q)
+    ds = kernels.scale_grad(dy, x, q) if y is None else kernels.channel_scale_grad(dy, x, y.reshape(dy.shape), q)
     return ds.to(_grad_dtype(q.weight_scales))
 
 
 def _grad_dtype(scales: Tensor) -> torch.dtype:
     """The scales' own, so that autograd takes the gradient; fp32 for the integer codes of double-quantized scales."""
     return scales.dtype if scales.is_floating_point() else torch.float32
-
-
-def _channel_scale_grad(dy: Tensor, x: Tensor, y: Tensor, q: QuantTensor) -> Tensor:
-    """ds = sum over rows of dy * y / s, fp32 `[out, 1]`: PEQA's gradient without a weight gradient.
-
-    Rows whose scale is 0 take the direct sum.
-    """
-    total = kernels.dot_columns(dy, y, q)
-    scales = q.scales[:, 0]
-    ds = torch.where(scales == 0, 0, total / scales)[:, None]
-    rows = (scales == 0).nonzero().flatten()
-    if rows.numel():
-        part = reference.unpack(q.weight[rows], q.format, q.shape[1])
-        zeros = None if q.zeros is None else q.zeros[rows]
-        ds[rows] = reference.scale_grad(dy[:, rows], x, part, zeros, q.format)
-    return ds
 
 
 def _zero_grad(dy: Tensor, x: Tensor, *packed: Any) -> Tensor:

@@ -234,6 +234,22 @@ def test_dot_columns(isa, shape, poisoned):
         assert ((total - exact).abs() <= bound).all()
 
 
+@pytest.mark.parametrize(("fmt", "kernel"), cases("dequantize", tuple(f for f in FORMATS if f.group == 0), OWN))
+def test_zero_scale_grad_touches_zero_scales_alone(fmt, kernel, poisoned):
+    need(kernel)
+    for out, in_features in ((33, 100), (1, 1), (7, 129), (5, 256)):
+        q = qft.quantize(sample((out, in_features)), fmt)
+        q.weight_scales[::3] = 0
+        for dtype in DTYPES:
+            x, dy = torch.randn(9, in_features).to(dtype), torch.randn(9, out).to(dtype)
+            ds = torch.full((out,), 7.0)
+            native.zero_scale_grad(dy, x, q, ds, *kernels._table_of(q.format, kernel))
+            exact = sum_groups((dy.double().T @ x.double()) * levels_of(q), q.format)[:, 0]
+            zero = q.scales[:, 0] == 0
+            assert error(ds[zero], exact[zero]) < BOUND[torch.float32]
+            assert (ds[~zero] == 7).all()
+
+
 @pytest.mark.parametrize("verb", ["matmul", "matmul_t"])
 def test_no_rows_and_layouts(verb):
     q = qft.quantize(torch.randn(33, 100), "nf4 g64")

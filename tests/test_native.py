@@ -170,6 +170,9 @@ for text, rows_of_table in CASES:
                 dw, ds = guard(torch.randn(shape).to(dtype)), guarded(shape[0], q.format.groups(shape[1]))
                 native.scale_grad(dw, q, (0, shape[0]), ds, *table)
                 native.dot_columns(guard(torch.randn(shape).to(dtype)), dw, q, *table)
+                if q.format.group == 0:
+                    empty = QuantTensor(q.format, shape, **{**q.tensors(), "weight_scales": 0 * q.weight_scales})
+                    native.zero_scale_grad(dy, x, empty, guarded(shape[0]), *table)
 print("done")
 """
 

@@ -81,6 +81,18 @@ struct DotColumnsArgs {
   Place place;
 };
 
+// ds[o] of per-channel scales that are 0: sum over rows of dy[row][o] * (x[row] . (level - zero)); others stay as they
+// are
+struct ZeroScaleGradArgs {
+  Weight weight;
+  const void* dy;  // [rows][out] in dtype
+  const void* x;   // [rows][in] in dtype
+  int64_t rows;
+  Dtype dtype;
+  float* ds;  // [out]
+  Place place;
+};
+
 // A verb on a CUDA device is only launched; what fails there throws std::runtime_error.
 struct Kernels {
   const char* code;  // "nf4", "int3", "levels2" (any codebook of that width)
@@ -91,6 +103,7 @@ struct Kernels {
   void (*matmul_t)(const MatmulTArgs&);
   void (*scale_grad)(const ScaleGradArgs&);
   void (*dot_columns)(const DotColumnsArgs&);
+  void (*zero_scale_grad)(const ZeroScaleGradArgs&);
   // floats of scratch that a call needs
   int64_t (*matmul_workspace)(int64_t out, int64_t in, int64_t rows, int device);
   int64_t (*dot_columns_workspace)(int64_t rows, int64_t columns, int device);

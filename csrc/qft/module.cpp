@@ -140,6 +140,14 @@ PYBIND11_MODULE(_native, m) {
           py::kw_only(), "a"_a, "b"_a, "rows"_a, "columns"_a, "dtype"_a, "total"_a, "workspace"_a, "place"_a,
           Released())
       .def(
+          "zero_scale_grad",
+          [](const Kernels& k, const Weight& weight, uintptr_t dy, uintptr_t x, int64_t rows, Dtype dtype, uintptr_t ds,
+             const Place& place) {
+            k.zero_scale_grad(
+                {weight, pointer<const void>(dy), pointer<const void>(x), rows, dtype, pointer<float>(ds), place});
+          },
+          py::kw_only(), "weight"_a, "dy"_a, "x"_a, "rows"_a, "dtype"_a, "ds"_a, "place"_a, Released())
+      .def(
           "matmul_workspace",
           [](const Kernels& k, int64_t out, int64_t in, int64_t rows, int device) {
             return k.matmul_workspace(out, in, rows, device);

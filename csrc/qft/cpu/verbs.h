@@ -23,13 +23,23 @@
 #include "qft/cpu/matmul_t.h"
 #include "qft/cpu/quantize.h"
 #include "qft/cpu/scale_grad.h"
+#include "qft/cpu/zero_scale_grad.h"
 
 namespace qft::QFT_ISA {
 
 template <class F>
 constexpr Kernels kernels_of(const char* isa) {
-  return {F::name,     isa,           quantize<F>, dequantize<F>,    matmul<F>,
-          matmul_t<F>, scale_grad<F>, dot_columns, matmul_workspace, dot_columns_workspace};
+  return {F::name,
+          isa,
+          quantize<F>,
+          dequantize<F>,
+          matmul<F>,
+          matmul_t<F>,
+          scale_grad<F>,
+          dot_columns,
+          zero_scale_grad<F>,
+          matmul_workspace,
+          dot_columns_workspace};
 }
 
 }  // namespace qft::QFT_ISA

@@ -8,6 +8,7 @@
 #include "qft/cuda/gemm_small.cuh"
 #include "qft/cuda/quantize.cuh"
 #include "qft/cuda/scale_grad.cuh"
+#include "qft/cuda/zero_scale_grad.cuh"
 #include "qft/launch.h"
 
 #define QFT_STRING_(x) #x
@@ -17,8 +18,17 @@ namespace qft::QFT_ISA {
 
 template <class F>
 constexpr Kernels kernels_of(const char* isa) {
-  return {F::name, isa,           quantize<F>, dequantize<F>,    matmul<F>,
-          nullptr, scale_grad<F>, dot_columns, matmul_workspace, dot_columns_workspace};
+  return {F::name,
+          isa,
+          quantize<F>,
+          dequantize<F>,
+          matmul<F>,
+          nullptr,
+          scale_grad<F>,
+          dot_columns,
+          zero_scale_grad<F>,
+          matmul_workspace,
+          dot_columns_workspace};
 }
 
 }  // namespace qft::QFT_ISA
