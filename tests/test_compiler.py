@@ -104,6 +104,20 @@ def test_no_level_is_spelled_outside_python():
                 assert float(to_f32(abs(level))).hex().rstrip("0") not in text
 
 
+RELEASES = {"13.0": "--compress-mode=size", "12.8": "--compress-mode=size", "12.4": "-Xfatbin=-compress-all"}
+
+
+@pytest.mark.parametrize(("release", "flag"), RELEASES.items())
+def test_nvcc_is_asked_in_words_its_release_knows(release, flag, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")
+    nvcc.chmod(0o755)
+    assert compiler_main.cuda_flags(str(nvcc)) == (*emit.CUDA_FLAGS, flag)
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 11.8, V11.8.89'\n")
+    with pytest.raises(SystemExit, match=r"is release 11\.8, qft needs 12\.0; install a newer CUDA"):
+        compiler_main.cuda_flags(str(nvcc))
+
+
 def test_the_ahead_of_time_set(tmp_path):
     command = [sys.executable, "-m", "qft.compiler", str(tmp_path), "--isa", "scalar", "avx2"]
     subprocess.run(command, check=True)

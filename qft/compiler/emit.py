@@ -38,7 +38,8 @@ FLAGS = (
 )
 
 # As above for nvcc; where the kernels go is named apart, by CUDA_TARGETS or for the one GPU at hand.
-CUDA_FLAGS = ("-std=c++17", "-O3", "-fmad=false", "--compress-mode=size", "-Xcompiler=-fPIC,-fvisibility=hidden")
+CUDA_FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden")
+OLDEST_CUDA = (12, 0)  # release of nvcc: the first that knows sm_90a
 # Machine code for A100 and its kin, for Hopper, and PTX that drivers translate for whatever is newer.
 CUDA_TARGETS = ("arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_80,code=compute_80")
 
