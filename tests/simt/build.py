@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import os
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -184,4 +185,6 @@ def _run(*command: object) -> str:
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr}")
+    if done.stderr:  # warnings
+        print(done.stderr, file=sys.stderr)
     return done.stdout

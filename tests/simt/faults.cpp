@@ -14,7 +14,7 @@ namespace simt {
 
 namespace {
 
-constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
+constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT};
 constexpr int kCount = sizeof kSignals / sizeof *kSignals;
 
 struct sigaction previous[kCount];
@@ -46,6 +46,7 @@ void on_signal(int signal, siginfo_t* info, void* context) {
 
 const char* describe() {
   if (fault.signal == SIGILL) return "illegal instruction";
+  if (fault.signal == SIGABRT) return "aborted (a failed assert, or an exception that leaves the kernel)";
   if (fault.signal == SIGFPE) return "integer division by zero";
   if (near_dynamic_shared(fault.address)) return "out of bounds: dynamic shared memory (guard page)";
   if (in_stacks(fault.address)) return "stack overflow";
@@ -68,9 +69,13 @@ void run_guarded(void (*work)()) {
   if (!sigsetjmp(resume, 1)) {
     work();
   } else {
-    char text[256];
-    snprintf(text, sizeof text, "%s: %s, %p", who().c_str(), describe(), fault.address);
-    set_failure(text + (fault.pc ? where(fault.pc) : ""));
+    std::string text = who() + ": " + describe();
+    if (fault.signal != SIGABRT) {  // whose address is a process and whose instruction the C library's
+      char address[32];
+      snprintf(address, sizeof address, ", %p", fault.address);
+      text += address + (fault.pc ? where(fault.pc) : "");
+    }
+    set_failure(text);
     current = -1;
   }
   put_back();

@@ -100,6 +100,14 @@ struct alignas(2) Float16 {
 template <class Code>
 struct alignas(4) Float16x2 {
   Float16<Code> x, y;
+
+  Float16x2() = default;
+  Float16x2(Float16<Code> x, Float16<Code> y) : x(x), y(y) {}
+
+  friend Float16x2 operator+(Float16x2 a, Float16x2 b) { return {a.x + b.x, a.y + b.y}; }
+  friend Float16x2 operator-(Float16x2 a, Float16x2 b) { return {a.x - b.x, a.y - b.y}; }
+  friend Float16x2 operator*(Float16x2 a, Float16x2 b) { return {a.x * b.x, a.y * b.y}; }
+  friend Float16x2 operator/(Float16x2 a, Float16x2 b) { return {a.x / b.x, a.y / b.y}; }
 };
 
 }  // namespace simt
@@ -165,7 +173,7 @@ inline simt::Float16<C> __hdiv(simt::Float16<C> a, simt::Float16<C> b) {
 }
 template <class C>
 inline simt::Float16x2<C> __h2div(simt::Float16x2<C> a, simt::Float16x2<C> b) {
-  return {a.x / b.x, a.y / b.y};
+  return a / b;
 }
 template <class C>
 inline simt::Float16<C> __hfma(simt::Float16<C> a, simt::Float16<C> b, simt::Float16<C> c) {
@@ -204,6 +212,8 @@ SIMT_CONVERSIONS(__half, half)
 
 inline __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 a, __nv_bfloat16 b) { return {a, b}; }
 inline __half2 __halves2half2(__half a, __half b) { return {a, b}; }
+inline __nv_bfloat162 make_bfloat162(__nv_bfloat16 a, __nv_bfloat16 b) { return {a, b}; }
+inline __half2 make_half2(__half a, __half b) { return {a, b}; }
 inline __nv_bfloat16 __low2bfloat16(__nv_bfloat162 a) { return a.x; }
 inline __nv_bfloat16 __high2bfloat16(__nv_bfloat162 a) { return a.y; }
 inline __half __low2half(__half2 a) { return a.x; }

@@ -1,7 +1,6 @@
 // Loads with cache hints, bit operations, rounding and approximate arithmetic of one thread.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>

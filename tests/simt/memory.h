@@ -33,6 +33,6 @@ struct Module {
   const SharedVariable* variable(size_t offset) const;  // the one that holds this byte; null: none
 };
 Module& module();
-void locate_module();  // fills everything but shared_begin for later launches
+void locate_module();  // fills it in; after the first time only shared_begin, which differs by OS thread
 
 }  // namespace simt

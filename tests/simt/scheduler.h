@@ -22,7 +22,7 @@ void set_failure(std::string text);
 const std::string& failure();  // of this launch; empty: none
 std::string who();             // "block (0,0,0) thread 28 (warp 0 lane 28)"
 
-uint32_t warp_mask_of(int first_thread);
+uint32_t warp_mask_of(int first_thread);  // the lanes that the warp which starts with this thread has
 
 void reset_collectives();  // a block starts
 void thread_returned();    // barriers no longer wait for `current`

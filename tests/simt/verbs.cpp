@@ -19,6 +19,8 @@ class Arrays {
   Arrays() { simt::clear_buffers(); }
 
   void input(const void* p, int64_t bytes, const char* name) const { add(p, bytes, name, simt::IN); }
+  // initialised before, some of it written after
+  void changed(const void* p, int64_t bytes, const char* name) const { add(p, bytes, name, simt::INOUT); }
   // uninitialised before, wholly written after
   void output(const void* p, int64_t bytes, const char* name) {
     add(p, bytes, name, simt::OUT);
@@ -103,6 +105,14 @@ void declare(Arrays& arrays, const qft::ScaleGradArgs& a) {
   arrays.output(a.ds, rows * a.weight.groups * 4, "ds");
 }
 
+void declare(Arrays& arrays, const qft::ZeroScaleGradArgs& a) {
+  const int64_t size = bytes_of(a.dtype);
+  arrays.weight(a.weight, 0, a.weight.out);
+  arrays.input(a.dy, a.rows * a.weight.out * size, "dy");
+  arrays.input(a.x, a.rows * a.weight.in * size, "x");
+  arrays.changed(a.ds, a.weight.out * 4, "ds");
+}
+
 void declare(Arrays& arrays, const qft::DotColumnsArgs& a) {
   const int64_t bytes = a.rows * a.columns * bytes_of(a.dtype);
   arrays.input(a.a, bytes, "a");
@@ -113,6 +123,7 @@ void declare(Arrays& arrays, const qft::DotColumnsArgs& a) {
 
 template <class Args>
 const char* run(void (*verb)(const Args&), const Args& args) {
+  if (!verb) return "the library was built without this verb";
   Arrays arrays;
   declare(arrays, args);
   try {
@@ -135,6 +146,10 @@ SIMT_EXPORT const char* run_matmul(const qft::MatmulArgs* a) { return run(qft_ke
 SIMT_EXPORT const char* run_scale_grad(const qft::ScaleGradArgs* a) { return run(qft_kernels()->scale_grad, *a); }
 SIMT_EXPORT const char* run_dot_columns(const qft::DotColumnsArgs* a) { return run(qft_kernels()->dot_columns, *a); }
 
+SIMT_EXPORT const char* run_zero_scale_grad(const qft::ZeroScaleGradArgs* a) {
+  return run(qft_kernels()->zero_scale_grad, *a);
+}
+
 SIMT_EXPORT int64_t matmul_workspace(int64_t out, int64_t in, int64_t rows) {
   return qft_kernels()->matmul_workspace(out, in, rows, 0);
 }
@@ -145,6 +160,6 @@ SIMT_EXPORT int64_t dot_columns_workspace(int64_t rows, int64_t columns) {
 // Bytes of the structs above in the order of their names, for the caller to hold its own against.
 SIMT_EXPORT void struct_sizes(int64_t* sizes) {
   for (size_t size : {sizeof(qft::DequantizeArgs), sizeof(qft::DotColumnsArgs), sizeof(qft::MatmulArgs),
-                      sizeof(qft::QuantizeArgs), sizeof(qft::ScaleGradArgs)})
+                      sizeof(qft::QuantizeArgs), sizeof(qft::ScaleGradArgs), sizeof(qft::ZeroScaleGradArgs)})
     *sizes++ = static_cast<int64_t>(size);
 }

@@ -30,25 +30,30 @@ __device__ __forceinline__ uint32_t add_halves(uint32_t a, uint32_t b) {
 // (a & b) | c in one instruction
 __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return ptx::lop3<0xEA>(a, b, c); }
 
-// The eight codes of octet `c` (0..3) of a record of 32 codes, one per nibble, from a record in shared memory. What
-// depends on the lane is kept in registers: the lanes of a warp hold different octets and must not part ways.
+// Reads the eight codes of octet 0..3 of a record in shared memory, one per nibble. A reader is made for one octet: the
+// lanes of a warp hold different ones and must not part ways. It reads from `start` bytes into the record on.
 template <int bits>
-struct OctetReader {
-  int c;
-  __device__ __forceinline__ explicit OctetReader(int octet) : c(octet) {}
-  __device__ __forceinline__ uint32_t operator()(const uint32_t* record) const {
-    return nibbles<bits>([&](int word) { return record[word]; }, c);
+struct OctetReader;
+
+template <>
+struct OctetReader<1> {
+  static constexpr int start = 0;
+  int octet;
+  __device__ __forceinline__ explicit OctetReader(int octet_) : octet(octet_) {}
+  __device__ __forceinline__ uint32_t operator()(const char* record) const {
+    return nibbles<1>([&](int word) { return reinterpret_cast<const uint32_t*>(record)[word]; }, octet);
   }
 };
 
-// One code in two bytes, then in two nibbles: as nibbles<2>, with the first spreading step by PRMT.
+// As nibbles<2>, with the first spreading step, to a byte between the bytes, by PRMT.
 template <>
 struct OctetReader<2> {
-  int word;
+  int start;
   uint32_t half;  // selector: the two bytes of this octet, zeros between
-  __device__ __forceinline__ explicit OctetReader(int octet) : word(octet / 2), half(octet % 2 ? 0x4342 : 0x4140) {}
-  __device__ __forceinline__ uint32_t operator()(const uint32_t* record) const {
-    uint32_t codes = ptx::prmt(record[word], 0, half);
+  __device__ __forceinline__ explicit OctetReader(int octet)
+      : start(octet / 2 * 4), half(octet % 2 ? 0x4342 : 0x4140) {}
+  __device__ __forceinline__ uint32_t operator()(const char* word) const {
+    uint32_t codes = ptx::prmt(*reinterpret_cast<const uint32_t*>(word), 0, half);
     codes = (codes | codes << 4) & 0x0f0f0f0fu;
     return (codes | codes << 2) & 0x33333333u;
   }
@@ -58,6 +63,7 @@ struct OctetReader<2> {
 // the same three shifts and masks serve both.
 template <>
 struct OctetReader<3> {
+  static constexpr int start = 0;
   int word, shift;
   uint32_t own, second, third;  // masks of the bits that word `word`, word 1 and word 2 give
   __device__ __forceinline__ explicit OctetReader(int octet)
@@ -66,18 +72,28 @@ struct OctetReader<3> {
         own(octet < 3 ? 0x77777777u : 0x11111111u),
         second(octet < 3 ? 0 : 0x22222222u),
         third(octet < 3 ? 0 : 0x44444444u) {}
-  __device__ __forceinline__ uint32_t operator()(const uint32_t* record) const {
-    return and_or(record[2] >> 1, third, and_or(record[1] >> 2, second, record[word] >> shift & own));
+  __device__ __forceinline__ uint32_t operator()(const char* record) const {
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(record);
+    return and_or(words[2] >> 1, third, and_or(words[1] >> 2, second, words[word] >> shift & own));
+  }
+};
+
+template <>
+struct OctetReader<4> {
+  int start;
+  __device__ __forceinline__ explicit OctetReader(int octet) : start(octet * 4) {}
+  __device__ __forceinline__ uint32_t operator()(const char* word) const {
+    return *reinterpret_cast<const uint32_t*>(word);
   }
 };
 
 // Eight bytes: codes of 8 bits are not squeezed into nibbles.
 template <>
 struct OctetReader<8> {
-  int c;
-  __device__ __forceinline__ explicit OctetReader(int octet) : c(octet) {}
-  __device__ __forceinline__ uint2 operator()(const uint32_t* record) const {
-    return reinterpret_cast<const uint2*>(record)[c];
+  int start;
+  __device__ __forceinline__ explicit OctetReader(int octet) : start(octet * 8) {}
+  __device__ __forceinline__ uint2 operator()(const char* words) const {
+    return *reinterpret_cast<const uint2*>(words);
   }
 };
 

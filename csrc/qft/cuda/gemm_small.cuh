@@ -61,7 +61,7 @@ struct GemmStage {
 
   static constexpr int x_offset = kGemmOutputs * row_pitch;
   static constexpr int bytes = x_offset + tokens * token_pitch;
-  // Behind the ring: scales and zero points of two chunks, [2][128][records] fp32 each; dynamic_map of double-quantized
+  // Behind the ring: scales and zero points of two chunks, as number_place says; dynamic_map of double-quantized
   // scales; the decoder's table.
   static constexpr int scales = kGemmOutputs * records;  // of a chunk
   static constexpr int companion_bytes = (zeros ? 2 : 1) * 2 * scales * 4, map_bytes = 256 * 4;
@@ -172,9 +172,19 @@ struct StageLoader {
   }
 };
 
-// The scales (and zero points) of a chunk's records for the block's 128 rows, as fp32 in shared memory: [128][records].
-// A thread serves one record of every `step`-th row. `load` brings the bits of the next chunk's numbers, `store` makes
-// fp32 of them a chunk later, so that nothing waits for memory.
+// Where shared memory keeps the number of a row (0..127) and record of a chunk: fp32 [8][records / 4][16][4], so that a
+// lane reads those of four records at once, the lanes of a warp read from all banks, and the next four records lie as
+// far on, 256 bytes, as their activations.
+constexpr int kNumbersTogether = 4;
+template <int records>
+__device__ __forceinline__ int number_place(int row, int record) {
+  const int four = row / 16 * (records / kNumbersTogether) + record / kNumbersTogether;
+  return (four * 16 + row % 16) * kNumbersTogether + record % kNumbersTogether;
+}
+
+// The scales (and zero points) of a chunk's records for the block's 128 rows, as fp32 in shared memory. A thread serves
+// one record of every `step`-th row. `load` brings the bits of the next chunk's numbers, `store` makes fp32 of them a
+// chunk later, so that nothing waits for memory.
 template <int bits, bool zeros, int records>
 struct ScaleLoader {
   static constexpr int step = kGemmThreads / records, values = kGemmOutputs / step;
@@ -199,6 +209,11 @@ struct ScaleLoader {
     within = static_cast<int>(record % p.records_a_group);
   }
 
+  // of this thread's first row; the others follow kGemmThreads numbers apart, whole warps' rows being between them
+  __device__ __forceinline__ static int place() {
+    static_assert(step % 16 == 0);
+    return number_place<records>(static_cast<int>(threadIdx.x) / records, static_cast<int>(threadIdx.x) % records);
+  }
   __device__ __forceinline__ bool dq() const { return p.weight.scale_kind == Scale::dq; }
 
   // Past the last group, the last one is as good: what it multiplies is 0.
@@ -227,7 +242,7 @@ struct ScaleLoader {
     if (dq()) {  // the roundings of scale_at
 #pragma unroll
       for (int i = 0; i < values; i++)
-        scales[threadIdx.x + i * kGemmThreads] = __fadd_rn(__fmul_rn(map[scale_bits[i]], absmax[i]), offset);
+        scales[place() + i * kGemmThreads] = __fadd_rn(__fmul_rn(map[scale_bits[i]], absmax[i]), offset);
     } else {
       store_numbers(scale_bits, static_cast<Dtype>(p.weight.scale_kind), 0, scales);
     }
@@ -257,12 +272,12 @@ struct ScaleLoader {
 #pragma unroll
       for (int i = 0; i < values; i++) {
         const uint16_t half = static_cast<uint16_t>(loaded[i]);
-        to[threadIdx.x + i * kGemmThreads] = to_float(*reinterpret_cast<const __half*>(&half)) - less;
+        to[place() + i * kGemmThreads] = to_float(*reinterpret_cast<const __half*>(&half)) - less;
       }
     } else {
       const int shift = dtype == Dtype::bf16 ? 16 : 0;
 #pragma unroll
-      for (int i = 0; i < values; i++) to[threadIdx.x + i * kGemmThreads] = __uint_as_float(loaded[i] << shift) - less;
+      for (int i = 0; i < values; i++) to[place() + i * kGemmThreads] = __uint_as_float(loaded[i] << shift) - less;
     }
   }
 };
@@ -275,8 +290,8 @@ __device__ __forceinline__ void multiply_record(const D& decoder, const OctetRea
                                                 const float (&scale)[2], const float (&zero)[2],
                                                 float (&sums)[tiles][4]) {
   uint32_t a_upper[4], a_lower[4];
-  decoder.eight(octet(reinterpret_cast<const uint32_t*>(upper)), a_upper);
-  decoder.eight(octet(reinterpret_cast<const uint32_t*>(lower)), a_lower);
+  decoder.eight(octet(upper), a_upper);
+  decoder.eight(octet(lower), a_lower);
   const uint32_t first[4] = {a_upper[0], a_lower[0], a_upper[1], a_lower[1]};
   const uint32_t second[4] = {a_upper[2], a_lower[2], a_upper[3], a_lower[3]};
 #pragma unroll
@@ -300,18 +315,19 @@ __device__ __forceinline__ void multiply_record(const D& decoder, const OctetRea
   }
 }
 
-// A number of the rows g and g + 8 for each of `count` records, from [128][records] in shared memory.
+// A number of the rows g and g + 8 for each of `count` records.
 template <int count>
 struct RecordNumbers {
   float of[count][2];
-  __device__ __forceinline__ RecordNumbers(const float* upper, const float* lower) {
+  __device__ __forceinline__ explicit RecordNumbers(const char* upper) {
     static_assert(count == 1 || count == 4);
+    const char* lower = upper + 8 * kNumbersTogether * 4;
     if constexpr (count == 4) {
       const float4 a = *reinterpret_cast<const float4*>(upper), b = *reinterpret_cast<const float4*>(lower);
       of[0][0] = a.x, of[1][0] = a.y, of[2][0] = a.z, of[3][0] = a.w;
       of[0][1] = b.x, of[1][1] = b.y, of[2][1] = b.z, of[3][1] = b.w;
     } else {
-      of[0][0] = *upper, of[0][1] = *lower;
+      of[0][0] = *reinterpret_cast<const float*>(upper), of[0][1] = *reinterpret_cast<const float*>(lower);
     }
   }
 };
@@ -370,32 +386,29 @@ __global__ void __launch_bounds__(kGemmThreads, kGemmBlocksPerSm) gemm_small(con
   int slot = 0;
   for (int chunk = 0; chunk < chunks; chunk++) {
     ptx::cp_wait<Stage::stages - 2>();  // this thread's copies to `slot`
-    __syncthreads();                    // everyone's, and the scales; and nobody reads the slot before it any more
+    __syncthreads();                    // everyone's, and the scales; nobody reads the slot before it any more
     loader.load_stage(slot == 0 ? Stage::stages - 1 : slot - 1, chunk + Stage::stages - 1);
     const int now = chunk % 2 * Stage::scales, next = Stage::scales - now;
     scale_loader.store(scales + next, zero_points + next);
     scale_loader.load();
 
     const char* stage = shared + slot * Stage::bytes;
-    const char* codes = stage + row * Stage::row_pitch;
+    const char* codes = stage + row * Stage::row_pitch + octet.start;
     const char* x = stage + Stage::x_offset + g * Stage::token_pitch + c * 16;
-    const float* scale = scales + now + row * Stage::records;
-    const float* zero = zero_points + now + row * Stage::records;
+    const char* scale = reinterpret_cast<const char*>(scales + now + number_place<Stage::records>(row, 0));
+    const char* zero = reinterpret_cast<const char*>(zero_points + now + number_place<Stage::records>(row, 0));
 #pragma unroll 1
-    for (int first_record = 0; first_record < Stage::records; first_record += together) {
-      const RecordNumbers<together> scale_of(scale, scale + 8 * Stage::records);
-      const RecordNumbers<together> zero_of(zeros ? zero : scale, (zeros ? zero : scale) + 8 * Stage::records);
+    for (int offset = 0; offset < Stage::token_bytes; offset += together * kRecord * 2) {  // in x
+      const int number = together == 4 ? offset : offset / 16;
+      const RecordNumbers<together> scale_of(scale + number), zero_of((zeros ? zero : scale) + number);
 #pragma unroll
       for (int record = 0; record < together; record++) {
         const char* upper = codes + record * (4 * bits);
         multiply_record<D, bits, T, tiles, zeros>(decoder, octet, upper, upper + 8 * Stage::row_pitch,
-                                                  x + record * (kRecord * 2), Stage::token_pitch, p.rows,
+                                                  x + offset + record * (kRecord * 2), Stage::token_pitch, p.rows,
                                                   scale_of.of[record], zero_of.of[record], sums);
       }
       codes += together * (4 * bits);
-      x += together * (kRecord * 2);
-      scale += together;
-      zero += together;
     }
     slot = slot + 1 == Stage::stages ? 0 : slot + 1;
   }
@@ -414,7 +427,7 @@ __global__ void add_splits(const float* partials, int splits, int64_t count, T* 
 }
 
 struct Splits {
-  int count;
+  int count;      // 0 where there is nothing to add
   int64_t codes;  // of each, the last excepted
 };
 
@@ -432,7 +445,7 @@ static inline Splits choose_splits(int64_t out, int64_t in, int device) {
     const int64_t time = waves * (share + overhead) + (splits > 1 ? overhead : 0);
     if (splits == 1 || time < best) best = time, each = share;
   }
-  return {static_cast<int>(std::max<int64_t>((steps + each - 1) / std::max<int64_t>(each, 1), 1)), each * kSplitCodes};
+  return {each ? static_cast<int>((steps + each - 1) / each) : 0, each * kSplitCodes};
 }
 
 // floats of scratch that `matmul` needs: the partial sums of one launch
@@ -487,15 +500,17 @@ void matmul_in(const MatmulArgs& a, int pair_table_rows) {
     p.x = static_cast<const T*>(a.x) + row * a.weight.in;
     p.y = static_cast<T*>(a.y) + row * a.weight.out;
     p.x_by_16_bytes = a.weight.in % 8 == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
-    if constexpr (F::may_have_zeros) {
-      if (a.weight.zeros)
-        launch_tiles<F, T, true>(p, splits.count, pair_table_rows, a.place);
-      else
+    if (splits.count) {
+      if constexpr (F::may_have_zeros) {
+        if (a.weight.zeros)
+          launch_tiles<F, T, true>(p, splits.count, pair_table_rows, a.place);
+        else
+          launch_tiles<F, T, false>(p, splits.count, pair_table_rows, a.place);
+      } else {
         launch_tiles<F, T, false>(p, splits.count, pair_table_rows, a.place);
-    } else {
-      launch_tiles<F, T, false>(p, splits.count, pair_table_rows, a.place);
+      }
     }
-    if (splits.count > 1) {
+    if (splits.count != 1) {
       constexpr int threads = 256;
       const int64_t count = p.rows * a.weight.out, blocks = (count + threads - 1) / threads;
       launch(a.place, add_splits<T>, dim3(static_cast<unsigned>(std::min<int64_t>(blocks, 1 << 20))), threads, 0,
@@ -511,7 +526,7 @@ void matmul_with(const MatmulArgs& a, int pair_table_rows) {
     throw std::runtime_error(
         "matmul on CUDA multiplies bf16 or fp16 activations, not fp32: convert x, or dequantize the weight and use a "
         "dense product");
-  if (a.rows == 0 || a.weight.out == 0 || a.weight.in == 0) return;
+  if (a.rows == 0 || a.weight.out == 0) return;
   if (a.dtype == Dtype::bf16)
     matmul_in<F, __nv_bfloat16>(a, pair_table_rows);
   else

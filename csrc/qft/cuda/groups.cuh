@@ -1,4 +1,5 @@
-// Groups of a row: which one a column lies in, and how the lanes of a warp share out groups, eight columns a lane.
+// Groups of a row: which one a column lies in, and how the lanes of a warp share out groups, a run of columns to a
+// lane.
 #pragma once
 
 #include "qft/cuda/warps.cuh"
@@ -19,20 +20,23 @@ struct GroupSize {
   __device__ __forceinline__ int64_t of(int64_t column) const { return column >> shift; }
 };
 
-// One group to 4, 8, 16 or 32 lanes, in several passes where 32 lanes do not cover it; small groups side by side.
+// One group to 1, 2, 4 .. 32 lanes of `run` columns each, in several passes where 32 lanes do not cover it; small
+// groups side by side.
 struct GroupLanes {
   int64_t groups;   // of a row
   int64_t columns;  // of a group
+  int run;          // columns of a lane
   int shift;        // log2 of the lanes that take a group
 
-  GroupLanes(int64_t group, int64_t groups_of_row) : groups(groups_of_row), columns(group), shift(2) {
-    while (shift < 5 && (groups <= 1 || 8 << shift < group)) shift++;
+  GroupLanes(int64_t group, int64_t groups_of_row, int columns_of_lane)
+      : groups(groups_of_row), columns(group), run(columns_of_lane), shift(0) {
+    while (shift < 5 && (groups <= 1 || run << shift < group)) shift++;
   }
 
   __host__ __device__ int lanes() const { return 1 << shift; }
   __host__ __device__ int side_by_side() const { return kWarp >> shift; }
   // columns that the lanes of a group take in one pass
-  __host__ __device__ int pass() const { return 8 << shift; }
+  __host__ __device__ int pass() const { return run << shift; }
   // pieces of a row
   __host__ __device__ int64_t parts() const { return (groups + side_by_side() - 1) >> (5 - shift); }
 };
@@ -57,8 +61,8 @@ struct GroupLane {
 // them.
 template <class Exchange>
 __device__ __forceinline__ void across_group(const GroupLanes& g, Exchange exchange) {
-  exchange(1);
-  exchange(2);
+  if (g.shift > 0) exchange(1);
+  if (g.shift > 1) exchange(2);
   if (g.shift > 2) exchange(4);
   if (g.shift > 3) exchange(8);
   if (g.shift > 4) exchange(16);

@@ -1,43 +1,64 @@
-// Writing packed rows on the device: eight codes a lane, the reverse of octets.cuh.
+// Writing packed rows on the device: a record of 32 codes to a lane, the reverse of octets.cuh.
 #pragma once
 
 #include "qft/cuda/octets.cuh"
-#include "qft/cuda/warps.cuh"
 
 namespace qft::QFT_ISA {
 
-// Bytes of a row that octets of codes fill; padding follows.
+// Codes of a record in the words they are gathered in: one per nibble, or one per byte at 8 bits.
 template <int bits>
-__host__ __device__ constexpr int64_t octet_bytes(int64_t in) {
-  return bits == 3 ? (in + kRecord - 1) / kRecord * 12 : (in + 7) / 8 * bits;
+struct Record {
+  static constexpr int width = bits == 8 ? 8 : 4, per_word = 32 / width, count = kRecord / per_word;
+  uint32_t words[count] = {};
+
+  __device__ __forceinline__ void set(int k, uint32_t code) { words[k / per_word] |= code << width * (k % per_word); }
+
+  // codes from `left` on become 0
+  __device__ __forceinline__ void cut(int64_t left) {
+    if (left >= kRecord) return;
+    for (int i = 0; i < count; i++) {
+      const int kept = static_cast<int>(left) - i * per_word;
+      if (kept < per_word) words[i] &= kept <= 0 ? 0 : (1u << width * kept) - 1;
+    }
+  }
+};
+
+// Eight nibbles below 4 -> 16 bits; below 2 -> 8 bits.
+__device__ __forceinline__ uint32_t gather_pairs(uint32_t nibbles) {
+  nibbles = (nibbles | nibbles >> 2) & 0x0f0f0f0fu;
+  nibbles = (nibbles | nibbles >> 4) & 0x00ff00ffu;
+  return (nibbles | nibbles >> 8) & 0xffffu;
+}
+__device__ __forceinline__ uint32_t gather_bits(uint32_t nibbles) {
+  nibbles = (nibbles | nibbles >> 3) & 0x03030303u;
+  nibbles = (nibbles | nibbles >> 6) & 0x000f000fu;
+  return (nibbles | nibbles >> 12) & 0xffu;
 }
 
-// Stores the octet of `column` where that lies before `end`: `words` has its codes one per nibble, or one per byte at 8
-// bits. Called by the whole warp, four lanes to a record in order: at 3 bits they exchange the fourth octet, whose bit
-// planes are the spare bits of the other three.
-template <int bits, int count>
-__device__ __forceinline__ void store_octet(uint8_t* row, int64_t column, const uint32_t (&words)[count], int64_t end) {
-  const bool inside = column < end;
-  const uint64_t at = static_cast<uint64_t>(column) / 8;
-  uint32_t codes = words[0];
+// Stores record `at` of a row, which has a code of it; the row's last one may be cut short by the row's end, 8-bit
+// codes alone. What lies between the row's last record and its end becomes 0: less than 16 bytes.
+template <int bits>
+__device__ __forceinline__ void store_record(uint8_t* row, int64_t at, const Record<bits>& record, bool last,
+                                             int64_t row_bytes) {
+  const uint32_t* words = record.words;
+  const int64_t end = (at + 1) * (4 * bits);
+  uint32_t* to = reinterpret_cast<uint32_t*>(row + at * (4 * bits));
   if constexpr (bits == 8) {
-    if (inside) reinterpret_cast<uint2*>(row)[at] = make_uint2(words[0], words[1]);
+    reinterpret_cast<uint4*>(to)[0] = make_uint4(words[0], words[1], words[2], words[3]);
+    if (end <= row_bytes) reinterpret_cast<uint4*>(to)[1] = make_uint4(words[4], words[5], words[6], words[7]);
   } else if constexpr (bits == 4) {
-    if (inside) reinterpret_cast<uint32_t*>(row)[at] = codes;
-  } else if constexpr (bits == 3) {
-    const unsigned octet = at % 4;
-    const uint32_t fourth = __shfl_sync(kAllLanes, codes, lane_of_warp() | 3);
-    if (octet < 3 && column - octet * 8 < end)
-      reinterpret_cast<uint32_t*>(row)[at / 4 * 3 + octet] = codes | (fourth >> octet & 0x11111111u) << 3;
+    reinterpret_cast<uint4*>(to)[0] = make_uint4(words[0], words[1], words[2], words[3]);
+  } else if constexpr (bits == 3) {  // the spare bits of three nibble words are the bit planes of the fourth octet
+    for (int i = 0; i < 3; i++) to[i] = words[i] | (words[3] >> i & 0x11111111u) << 3;
   } else if constexpr (bits == 2) {
-    codes = (codes | codes >> 2) & 0x0f0f0f0fu;
-    codes = (codes | codes >> 4) & 0x00ff00ffu;
-    if (inside) reinterpret_cast<uint16_t*>(row)[at] = static_cast<uint16_t>(codes | codes >> 8);
+    reinterpret_cast<uint2*>(to)[0] = make_uint2(gather_pairs(words[0]) | gather_pairs(words[1]) << 16,
+                                                 gather_pairs(words[2]) | gather_pairs(words[3]) << 16);
   } else {
-    codes = (codes | codes >> 3) & 0x03030303u;
-    codes = (codes | codes >> 6) & 0x000f000fu;
-    if (inside) row[at] = static_cast<uint8_t>(codes | codes >> 12);
+    to[0] =
+        gather_bits(words[0]) | gather_bits(words[1]) << 8 | gather_bits(words[2]) << 16 | gather_bits(words[3]) << 24;
   }
+  if (last)
+    for (int64_t i = end; i < row_bytes; i += 4) *reinterpret_cast<uint32_t*>(row + i) = 0;
 }
 
 }  // namespace qft::QFT_ISA

@@ -42,12 +42,12 @@ __device__ __forceinline__ float as_stored(float value, Dtype dtype) {
 }
 
 // Keeps the least flat index of a weight that is not finite, whatever the order threads find them in.
-__device__ __forceinline__ void note_not_finite(const float (&weights)[8], int64_t index, int64_t* bad) {
+__device__ __forceinline__ void note_not_finite(const float (&weights)[kRecord], int64_t index, int64_t* bad) {
   float probe = 0;  // NaN once a weight was not finite
-  for (int k = 0; k < 8; k++) probe = fmaf(weights[k], 0.0f, probe);
+  for (int k = 0; k < kRecord; k++) probe = fmaf(weights[k], 0.0f, probe);
   if (probe == 0) return;
   int first = 0;
-  for (int k = 7; k >= 0; k--)
+  for (int k = kRecord - 1; k >= 0; k--)
     if ((__float_as_uint(weights[k]) & 0x7f800000u) == 0x7f800000u) first = k;
   atomicMin(reinterpret_cast<unsigned long long*>(bad), static_cast<unsigned long long>(index + first));
 }
@@ -88,10 +88,10 @@ __device__ __forceinline__ uint32_t round_to_code(float scaled, float zero_point
 // Rank among the levels of a weight divided by its scale, ties going to the lower one: a binary search whose first two
 // steps find their midpoints among the kernel's arguments.
 template <class F>
-__device__ __forceinline__ int rank_of(float scaled, const Codebook& book, const Ranks& ranks) {
+__device__ __forceinline__ uint32_t rank_of(float scaled, const Codebook& book, const Ranks& ranks) {
   constexpr int half = F::levels / 2, quarter = F::levels / 4;
   const bool upper = book.midpoints[half - 1] < scaled;
-  int rank = upper ? half : 0;
+  uint32_t rank = upper ? half : 0;
   if constexpr (quarter > 0) {
     if ((upper ? book.midpoints[half + quarter - 1] : book.midpoints[quarter - 1]) < scaled) rank += quarter;
     for (int step = quarter / 2; step > 0; step /= 2)
@@ -100,35 +100,33 @@ __device__ __forceinline__ int rank_of(float scaled, const Codebook& book, const
   return rank;
 }
 
-// The codes of eight weights, one per nibble, or one per byte at 8 bits; those from `left` on are 0.
+// The codes of a record of weights; `in_order`: ranks are codes.
 template <class F>
-struct OctetCodes {
-  static constexpr int width = F::bits == 8 ? 8 : 4, per_word = 32 / width;
-  uint32_t words[8 / per_word];
-
-  __device__ __forceinline__ OctetCodes(const float (&weights)[8], int64_t left, GroupScale scale, bool zero,
-                                        const Codebook& book, bool in_order, const Ranks& ranks)
-      : words() {
-    for (int k = 0; k < 8; k++) {
-      const float scaled = weights[k] * scale.inverse;
-      uint32_t code;
-      if constexpr (F::kind == Levels::integer) {
-        code = round_to_code<F>(scaled, scale.zero_point, zero);
-      } else {
-        const int rank = rank_of<F>(scaled, book, ranks);
-        code = in_order ? static_cast<uint32_t>(rank) : ranks.code_of_rank[rank];
-      }
-      words[k / per_word] |= code << width * (k % per_word);
-    }
-    for (int i = 0; i < 8 / per_word; i++) {
-      const int64_t kept = left - i * per_word;
-      if (kept < per_word) words[i] &= kept <= 0 ? 0 : (1u << width * static_cast<int>(kept)) - 1;
-    }
+__device__ __forceinline__ Record<F::bits> encode(const float (&weights)[kRecord], GroupScale scale, bool zero,
+                                                  const Codebook& book, bool in_order, const Ranks& ranks) {
+  Record<F::bits> record;
+  for (int k = 0; k < kRecord; k++) {
+    const float scaled = weights[k] * scale.inverse;
+    if constexpr (F::kind == Levels::integer)
+      record.set(k, round_to_code<F>(scaled, scale.zero_point, zero));
+    else
+      record.set(k, rank_of<F>(scaled, book, ranks));
   }
-};
+  if constexpr (F::kind == Levels::codebook)
+    if (!in_order)
+      for (uint32_t& word : record.words)
+        for (int k = 0; k < 8; k++) {
+          const uint32_t rank = word & 15;  // the lowest nibble leaves, its code comes in at the top
+          word = word >> 4 | ranks.code_of_rank[rank] << 28;
+        }
+  return record;
+}
 
+// A lane takes a record of 32 codes at a time, so that what a group costs beside its codes is spread over many. Its
+// loads lie 64 or 128 bytes from its neighbours'; L1 keeps the sectors until all of them are used. Counted, not
+// measured.
 template <class F, class T>
-__global__ void __launch_bounds__(kThreads, 4)  // 64 registers: with fewer it spills
+__global__ void __launch_bounds__(kThreads, 2)  // up to 128 registers: with 80 some spill
     quantize_kernel(QuantizeArgs a, const T* weight, Codebook book, bool in_order, GroupLanes lanes, bool aligned) {
   __shared__ Ranks ranks;
   if constexpr (F::kind == Levels::codebook) fill_ranks(ranks, book);
@@ -136,16 +134,13 @@ __global__ void __launch_bounds__(kThreads, 4)  // 64 registers: with fewer it s
   for (Walk at(lanes.parts()); at.row < a.out; at.next()) {
     const GroupLane group(lanes, at.part, a.in);
     const T* row = weight + at.row * a.in;
-    uint8_t* codes = a.codes + at.row * a.row_bytes;
-    // alike in all lanes of a warp: only a group that has the warp to itself takes several
-    const int64_t passes = lanes.lanes() < kWarp ? 1 : ceil_div(group.last - group.first, lanes.pass());
+    const int64_t first = group.first + group.lane * kRecord;
 
-    float weights[8], low = 0, high = 0;
-    for (int64_t pass = 0; pass < passes; pass++) {
-      const int64_t column = group.first + pass * lanes.pass() + group.lane * 8;
+    float weights[kRecord], low = 0, high = 0;
+    for (int64_t column = first; column < group.last; column += lanes.pass()) {
       load_run(row + column, group.last - column, aligned, weights);
       note_not_finite(weights, at.row * a.in + column, a.bad);
-      for (int k = 0; k < 8; k++) {
+      for (int k = 0; k < kRecord; k++) {
         low = fminf(low, weights[k]);
         high = fmaxf(high, weights[k]);
       }
@@ -156,15 +151,14 @@ __global__ void __launch_bounds__(kThreads, 4)  // 64 registers: with fewer it s
     });
     const GroupScale scale = set_scale<F>(a, book, at.row * a.groups + group.group, group.leads, low, high);
 
-    for (int64_t pass = 0; pass < passes; pass++) {
-      const int64_t column = group.first + pass * lanes.pass() + group.lane * 8;
-      if (passes > 1) load_run(row + column, group.last - column, aligned, weights);
-      const OctetCodes<F> octet(weights, group.last - column, scale, a.zero, book, in_order, ranks);
-      store_octet<F::bits>(codes, column, octet.words, group.last);
+    const bool again = group.last - group.first > lanes.pass();  // only the last pass is still at hand
+    for (int64_t column = first; column < group.last; column += lanes.pass()) {
+      const int64_t left = group.last - column;
+      if (again) load_run(row + column, left, aligned, weights);
+      Record<F::bits> record = encode<F>(weights, scale, a.zero, book, in_order, ranks);
+      record.cut(left);
+      store_record(a.codes + at.row * a.row_bytes, column / kRecord, record, column + kRecord >= a.in, a.row_bytes);
     }
-    if (group.group + 1 == a.groups)
-#pragma unroll 1
-      for (int64_t i = octet_bytes<F::bits>(a.in) + group.lane; i < a.row_bytes; i += lanes.lanes()) codes[i] = 0;
   }
 }
 
@@ -188,7 +182,7 @@ inline bool codes_ascend(const Codebook& book) {
 template <class F>
 void quantize(const QuantizeArgs& a) {
   launch(a.place, clear_bad_kernel, dim3(1), 1, 0, a.bad);
-  const GroupLanes lanes(a.group, a.groups);
+  const GroupLanes lanes(a.group, a.groups, kRecord);
   const Codebook book = codebook_of<F>(a);
   if (a.out <= 0 || a.groups <= 0) return;
   with_type(a.dtype, [&](auto number) {

@@ -46,7 +46,7 @@ template <class F>
 void scale_grad(const ScaleGradArgs& a) {
   const Weight& w = a.weight;
   const int64_t rows = a.row1 - a.row0;
-  const GroupLanes lanes(w.group, w.groups);
+  const GroupLanes lanes(w.group, w.groups, kOctet);
   if (rows <= 0 || w.groups <= 0) return;
   with_type(a.dtype, [&](auto number) {
     using T = decltype(number);

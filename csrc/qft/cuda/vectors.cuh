@@ -25,7 +25,8 @@ __device__ __forceinline__ void load_run(const T* p, int64_t left, bool aligned,
       *reinterpret_cast<uint4*>(numbers + i) = *reinterpret_cast<const uint4*>(p + i);
     for (int i = 0; i < count; i++) to[i] = to_float(numbers[i]);
   } else {
-    for (int i = 0; i < count; i++) to[i] = i < left ? to_float(p[i]) : 0.0f;
+    const int kept = static_cast<int>(left < count ? left : count);
+    for (int i = 0; i < count; i++) to[i] = i < kept ? to_float(p[i]) : 0.0f;
   }
 }
 
@@ -39,8 +40,9 @@ __device__ __forceinline__ void store_run(T* p, int64_t left, bool aligned, cons
     for (int i = 0; i < count; i += kPerVector<T>)
       *reinterpret_cast<uint4*>(p + i) = *reinterpret_cast<const uint4*>(numbers + i);
   } else {
+    const int kept = static_cast<int>(left < count ? left : count);
     for (int i = 0; i < count; i++)
-      if (i < left) p[i] = from_float<T>(from[i]);
+      if (i < kept) p[i] = from_float<T>(from[i]);
   }
 }
 

@@ -56,6 +56,14 @@ const char* pair_arithmetic(int op, const T2* a, const T2* b, const T2* c, T2* o
       return run_map(a, b, c, out, n, [](T2 x, T2 y, T2) { return __hmax2(x, y); });
     case 6:
       return run_map(a, b, c, out, n, [](T2 x, T2 y, T2) { return __hmin2(x, y); });
+    case 7:
+      return run_map(a, b, c, out, n, [](T2 x, T2 y, T2) { return x + T2(y.x, y.y); });
+    case 8:
+      return run_map(a, b, c, out, n, [](T2 x, T2 y, T2) { return x - T2(y.x, y.y); });
+    case 9:
+      return run_map(a, b, c, out, n, [](T2 x, T2 y, T2) { return x * T2(y.x, y.y); });
+    case 10:
+      return run_map(a, b, c, out, n, [](T2 x, T2 y, T2) { return x / T2(y.x, y.y); });
   }
   return "no such operation";
 }

@@ -185,6 +185,27 @@ SIMT_EXPORT const char* run_poison(float* out, int never) {
   return probe({{out, 16, "out", OUT}}, poison, 1, 1, 16, out, never);
 }
 
+__global__ void unset_local(float* out, int at) {
+  float local[8];
+  local[7] = 1;
+  *out = local[at];
+}
+SIMT_EXPORT const char* run_unset_local(float* out, int at) {
+  return probe({{out, 4, "out", OUT}}, unset_local, 1, 1, 0, out, at);
+}
+
+// Through a pointer that g++ knows nothing of, so that the array's type cannot give it away.
+__global__ void past_static(int* out, int at) {
+  __shared__ __align__(16) char small[20];
+  for (char& c : small) c = 1;
+  char* p = small;
+  asm("" : "+r"(p));
+  *out = static_cast<int>(*reinterpret_cast<int64_t*>(p + at));
+}
+SIMT_EXPORT const char* run_past_static(int* out, int at) {
+  return probe({{out, 4, "out", OUT}}, past_static, 1, 1, 0, out, at);
+}
+
 __global__ void two_alignments(int* out) {
   DYN_SMEM(a, 16);
   DYN_SMEM(b, 32);
@@ -351,6 +372,36 @@ SIMT_EXPORT const char* run_two_launches(int* x) {
   return nullptr;
 }
 
+// ---- asynchronous copies
+
+// Three groups of 16 bytes by one thread, a wait that leaves `pending` of them, and a look at the one named.
+__global__ void groups(const int* in, int* out, int pending, int look) {  // in [12], out [4]
+  DYN_SMEM(memory, 16);
+  for (int i = 0; i < 3; i++) {
+    simt::cp_async(simt::smem_u32(memory + 16 * i), in + 4 * i, 16, 16);
+    simt::cp_commit();
+  }
+  simt::cp_wait(pending);
+  for (int i = 0; i < 4; i++) out[i] = reinterpret_cast<int*>(memory)[4 * look + i];
+  simt::cp_wait(0);
+}
+SIMT_EXPORT const char* run_groups(const int* in, int* out, int pending, int look) {
+  return probe({{in, 48, "in", IN}, {out, 16, "out", OUT}}, groups, 1, 1, 48, in, out, pending, look);
+}
+
+// The wait comes after the barrier: it says nothing to the other threads.
+__global__ void late_wait(const int* in, int* out) {
+  DYN_SMEM(memory, 16);
+  if (threadIdx.x == 0) simt::cp_async(simt::smem_u32(memory), in, 4, 4);
+  if (threadIdx.x == 0) simt::cp_commit();
+  __syncthreads();
+  if (threadIdx.x == 0) simt::cp_wait(0);
+  if (threadIdx.x == 32) *out = *reinterpret_cast<int*>(memory);
+}
+SIMT_EXPORT const char* run_late_wait(const int* in, int* out) {
+  return probe({{in, 4, "in", IN}, {out, 4, "out", OUT}}, late_wait, 1, 64, 16, in, out);
+}
+
 // ---- what a launch may do to the process
 
 __global__ void wild(int* out, int kind) {
@@ -362,6 +413,7 @@ __global__ void wild(int* out, int kind) {
   if (kind == 1) *reinterpret_cast<volatile int*>(8) = 1;
   if (kind == 2) *out = 7 / zero;
   if (kind == 3) __trap();
+  if (kind == 4) throw 1;
 }
 SIMT_EXPORT const char* run_wild(int* out, int kind) {
   return probe({{out, 4, "out", INOUT}}, wild, 1, 32, 64, out, kind);
