@@ -1,5 +1,6 @@
 // The verbs of one code's kernels, run in the emulator: each call registers every array of the arguments at its exact
-// size and use, launches, and returns what was wrong, or null. The code's own source is linked beside this file.
+// size and use, launches, and says what was wrong: as a text, or thrown as the CUDA build throws what the driver says.
+// The code's own source is linked beside this file and gives `plain_kernels`.
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -7,7 +8,7 @@
 #include "host.h"
 #include "qft/launch.h"
 
-SIMT_EXPORT const qft::Kernels* qft_kernels();
+SIMT_EXPORT const qft::Kernels* plain_kernels();
 
 namespace {
 
@@ -94,7 +95,7 @@ void declare(Arrays& arrays, const qft::MatmulArgs& a) {
   arrays.weight(a.weight, 0, a.weight.out);
   arrays.input(a.x, a.rows * a.weight.in * size, "x");
   arrays.output(a.y, a.rows * a.weight.out * size, "y");
-  arrays.scratch(a.workspace, 4 * qft_kernels()->matmul_workspace(a.weight.out, a.weight.in, a.rows, a.place.device),
+  arrays.scratch(a.workspace, 4 * plain_kernels()->matmul_workspace(a.weight.out, a.weight.in, a.rows, a.place.device),
                  "workspace");
 }
 
@@ -118,7 +119,7 @@ void declare(Arrays& arrays, const qft::DotColumnsArgs& a) {
   arrays.input(a.a, bytes, "a");
   arrays.input(a.b, bytes, "b");
   arrays.output(a.total, a.columns * 4, "total");
-  arrays.scratch(a.workspace, 4 * qft_kernels()->dot_columns_workspace(a.rows, a.columns, a.place.device), "workspace");
+  arrays.scratch(a.workspace, 4 * plain_kernels()->dot_columns_workspace(a.rows, a.columns, a.place.device), "workspace");
 }
 
 template <class Args>
@@ -138,23 +139,41 @@ const char* run(void (*verb)(const Args&), const Args& args) {
   return text.c_str();
 }
 
+template <class Args, void (*qft::Kernels::* verb)(const Args&)>
+void checked(const Args& args) {
+  if (const char* error = run(plain_kernels()->*verb, args)) throw std::runtime_error(error);
+}
+
 }  // namespace
 
-SIMT_EXPORT const char* run_quantize(const qft::QuantizeArgs* a) { return run(qft_kernels()->quantize, *a); }
-SIMT_EXPORT const char* run_dequantize(const qft::DequantizeArgs* a) { return run(qft_kernels()->dequantize, *a); }
-SIMT_EXPORT const char* run_matmul(const qft::MatmulArgs* a) { return run(qft_kernels()->matmul, *a); }
-SIMT_EXPORT const char* run_scale_grad(const qft::ScaleGradArgs* a) { return run(qft_kernels()->scale_grad, *a); }
-SIMT_EXPORT const char* run_dot_columns(const qft::DotColumnsArgs* a) { return run(qft_kernels()->dot_columns, *a); }
+// What qft loads like any library of kernels: the same verbs, each checked as above.
+SIMT_EXPORT const qft::Kernels* qft_kernels() {
+  using qft::Kernels;
+  static Kernels kernels = *plain_kernels();
+  kernels.quantize = checked<qft::QuantizeArgs, &Kernels::quantize>;
+  kernels.dequantize = checked<qft::DequantizeArgs, &Kernels::dequantize>;
+  kernels.matmul = checked<qft::MatmulArgs, &Kernels::matmul>;
+  kernels.scale_grad = checked<qft::ScaleGradArgs, &Kernels::scale_grad>;
+  kernels.dot_columns = checked<qft::DotColumnsArgs, &Kernels::dot_columns>;
+  kernels.zero_scale_grad = checked<qft::ZeroScaleGradArgs, &Kernels::zero_scale_grad>;
+  return &kernels;
+}
+
+SIMT_EXPORT const char* run_quantize(const qft::QuantizeArgs* a) { return run(plain_kernels()->quantize, *a); }
+SIMT_EXPORT const char* run_dequantize(const qft::DequantizeArgs* a) { return run(plain_kernels()->dequantize, *a); }
+SIMT_EXPORT const char* run_matmul(const qft::MatmulArgs* a) { return run(plain_kernels()->matmul, *a); }
+SIMT_EXPORT const char* run_scale_grad(const qft::ScaleGradArgs* a) { return run(plain_kernels()->scale_grad, *a); }
+SIMT_EXPORT const char* run_dot_columns(const qft::DotColumnsArgs* a) { return run(plain_kernels()->dot_columns, *a); }
 
 SIMT_EXPORT const char* run_zero_scale_grad(const qft::ZeroScaleGradArgs* a) {
-  return run(qft_kernels()->zero_scale_grad, *a);
+  return run(plain_kernels()->zero_scale_grad, *a);
 }
 
 SIMT_EXPORT int64_t matmul_workspace(int64_t out, int64_t in, int64_t rows) {
-  return qft_kernels()->matmul_workspace(out, in, rows, 0);
+  return plain_kernels()->matmul_workspace(out, in, rows, 0);
 }
 SIMT_EXPORT int64_t dot_columns_workspace(int64_t rows, int64_t columns) {
-  return qft_kernels()->dot_columns_workspace(rows, columns, 0);
+  return plain_kernels()->dot_columns_workspace(rows, columns, 0);
 }
 
 // Bytes of the structs above in the order of their names, for the caller to hold its own against.
