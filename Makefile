@@ -1,11 +1,11 @@
-# make demo | test | check | bench | cuda: each sets up .venv by itself.
+# make demo | test | check | bench | cuda: each sets up .venv by itself. make gpu | gpu-bench: with $(PYTHON) as it is.
 PYTHON ?= python3
 TORCH  := 2.13.0
 PY     := .venv/bin/python
 READY  := .venv/.ready
 SOURCES := $(shell find csrc -type f) $(wildcard qft/compiler/*.py) qft/format.py CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: all demo test check bench cuda clean
+.PHONY: all demo test check bench cuda gpu gpu-bench clean
 all: $(READY)
 
 # torch comes first and pinned: any looser request would fetch a build of its own choice.
@@ -37,6 +37,14 @@ bench: $(READY)
 # Every CUDA kernel compiled, with what nvcc says of its registers and spills; needs nvcc and no GPU.
 cuda: $(READY)
 	$(PY) bench/cuda_resources.py
+
+# On a machine with a GPU, nvcc, torch and pytest, without a network: GPU_ARGS="--commit NAME --output FILE".
+gpu:
+	$(PYTHON) tests/gpu/run.py $(GPU_ARGS)
+
+gpu-bench:
+	$(PYTHON) tests/gpu/run.py --build
+	PYTHONPATH=. $(PYTHON) bench/gpu_speed.py $(GPU_ARGS)
 
 clean:
 	rm -rf build dist .venv demo-out qft/*.so *.egg-info

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from itertools import chain, product
+from typing import Any
 
 SQUARE, UP, DOWN, KEY = (4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096)
 LAYERS = (SQUARE, UP, DOWN, KEY)
@@ -86,8 +87,44 @@ MEASURES = {
     "time ratio": ("at most", "x"),  # time of `subject` / time of `against`
     "read bandwidth": ("at least", "%"),  # bytes read / time, of the machine's measured read bandwidth
     "write bandwidth": ("at least", "%"),
+    "copy bandwidth": ("at least", "%"),  # bytes read and written / time, of the measured copy bandwidth
     "time": ("at most", " ms"),
 }
+
+
+def evaluate(target: Target, rows: dict[Case, dict[str, Any]], limits: dict[str, float]) -> dict[str, Any]:
+    """A target with its measured figure; both that and `met` are None where a case could not run.
+
+    `rows` holds the report's rows, `limits` what the machine can do, in bytes and operations per second.
+    """
+    how, unit = MEASURES[target.measure]
+    entry = {
+        "work": target.subject.work,
+        "subject": target.subject.name,
+        "against": target.against.name if target.against else None,
+        "measure": target.measure,
+        "how": how,
+        "limit": target.limit,
+        "unit": unit,
+        "stage": target.stage,
+    }
+    if target.against and target.against.rows != target.subject.rows:
+        entry["against"] += f" at M={target.against.rows}"
+    if target.subject not in rows or (target.against and target.against not in rows):
+        return {**entry, "measured": None, "met": None}
+    subject = rows[target.subject]
+    seconds = subject["median_s"]
+    other = rows[target.against]["median_s"] if target.against else 0.0
+    measured = {
+        "speedup": lambda: other / seconds,
+        "time ratio": lambda: seconds / other,
+        "read bandwidth": lambda: 100 * subject["read_bytes"] / seconds / limits["read"],
+        "write bandwidth": lambda: 100 * subject["written_bytes"] / seconds / limits["write"],
+        "copy bandwidth": lambda: 100 * (subject["read_bytes"] + subject["written_bytes"]) / seconds / limits["copy"],
+        "time": lambda: 1e3 * seconds,
+    }[target.measure]()
+    met = measured >= target.limit if how == "at least" else measured <= target.limit
+    return {**entry, "measured": measured, "met": met}
 
 
 @dataclass(frozen=True)

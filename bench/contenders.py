@@ -187,27 +187,27 @@ def _products(case: Case, contender: Contender) -> tuple[Callable[[], Any], Call
         return y, torch.autograd.grad(y, x, dy)[0]
 
     if case.verb == "train":
-        return train, lambda made: max(_product_error(made[0], x, weight.T), _product_error(made[1], dy, weight))
+        return train, lambda made: max(product_error(made[0], x, weight.T), product_error(made[1], dy, weight))
     if case.verb == "matmul":
-        return lambda: forward(x), lambda y: _product_error(y, x, weight.T)
+        return lambda: forward(x), lambda y: product_error(y, x, weight.T)
     y = forward(x)
-    return lambda: torch.autograd.grad(y, x, dy, retain_graph=True)[0], lambda dx: _product_error(dx, dy, weight)
+    return lambda: torch.autograd.grad(y, x, dy, retain_graph=True)[0], lambda dx: product_error(dx, dy, weight)
 
 
-def _product_error(made: Tensor, a: Tensor, b: Tensor) -> float:
+def product_error(made: Tensor, a: Tensor, b: Tensor) -> float:
     """Of a sample of made = a b, against float64."""
-    rows, columns = (_every(size, least) for size, least in zip(made.shape, SAMPLE, strict=True))
+    rows, columns = (every(size, least) for size, least in zip(made.shape, SAMPLE, strict=True))
     return relative_error(made[rows, columns], a[rows].detach().double() @ b[:, columns].double())
 
 
-def _every(size: int, least: int) -> slice:
+def every(size: int, least: int) -> slice:
     """At least `least` of `size`, an odd number apart: every lane of a vector and every place in a tile is met."""
     return slice(None, None, max(1, (size // least - 1) | 1))
 
 
 def _scale_grad(case: Case, contender: Contender) -> tuple[Callable[[], Any], Callable[[Any], float]]:
     x, dy = operand(case, case.shape[1], 1), operand(case, case.shape[0], 2)
-    some = _every(case.shape[0], SAMPLE[1])
+    some = every(case.shape[0], SAMPLE[1])
 
     def error(made: Tensor) -> float:
         if case.who == "dense torch":
@@ -234,13 +234,13 @@ def relative_error(made: Tensor, truth: Tensor) -> float:
     return float((made.detach().double() - truth.double()).norm() / truth.double().norm())
 
 
-def _costs(case: Case, stored: int) -> tuple[int, int, int]:
+def costs(case: Case, stored: int) -> tuple[int, int, int]:
     """Bytes read, bytes written, operations."""
     out, in_features = case.shape
     size = DTYPE[case.dtype].itemsize
     x, y, weight = case.rows * in_features * size, case.rows * out * size, out * in_features * size
     product = 2 * case.rows * out * in_features
-    if _by_rows(case):
+    if by_rows(case):
         return 2 * y, 0, 2 * case.rows * out
     return {
         "matmul": (stored + x, y, product),
@@ -252,7 +252,7 @@ def _costs(case: Case, stored: int) -> tuple[int, int, int]:
     }[case.verb]
 
 
-def _by_rows(case: Case) -> bool:
+def by_rows(case: Case) -> bool:
     """Whether the gradient of per-channel scales is the sum of dy y / s: autograd keeps y, and no kernel is needed."""
     return case.verb == "scale_grad" and case.fmt is not None and not Format.parse(case.fmt).group
 
@@ -261,7 +261,7 @@ def _kernel(case: Case) -> str:
     """The rows of qft's kernel table that serve; empty for peers."""
     if case.who != "qft":
         return ""
-    if _by_rows(case):
+    if by_rows(case):
         return "sum of dy y / s"
     verbs = ("matmul", "matmul_t") if case.verb == "train" else (case.verb,)
     problems = (kernels.Problem(verb, Format.parse(case.fmt), "cpu", DTYPE[case.dtype], case.rows) for verb in verbs)
@@ -288,4 +288,4 @@ def prepare(case: Case) -> Ready:
             f"{case.name}, {case.work}: the relative error {error:.2g} exceeds {TOLERANCE[case.dtype]:g}; "
             "a wrong result is not timed, mend the kernel first"
         )
-    return Ready(call, error, contender.nbytes, *_costs(case, contender.nbytes), kernel)
+    return Ready(call, error, contender.nbytes, *costs(case, contender.nbytes), kernel)

@@ -493,8 +493,8 @@ SECTIONS = (bandwidth, rates, decode, rows, harness, matmul, panels, two_pass)
 # ---- one run
 
 
-def isolated(task: Callable[[], Iterable[Any]], limit_s: float) -> list[Any]:
-    """What `task` yields in a forked process; if it raises, dies or overruns, the last item says so in words."""
+def isolated(task: Callable[[], Iterable[Any]], limit_s: float) -> Iterator[Any]:
+    """What `task` yields, as it comes, from a forked process; if it raises, dies or overruns, the last item says so."""
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
 
@@ -508,17 +508,20 @@ def isolated(task: Callable[[], Iterable[Any]], limit_s: float) -> list[Any]:
     process = fork.Process(target=child)
     process.start()
     sender.close()
-    items: list[Any] = []
     until = time.monotonic() + limit_s
-    while receiver.poll(max(0.0, until - time.monotonic())):
-        try:
-            items.append(receiver.recv())
-        except EOFError:
-            process.join()
-            return items if process.exitcode == 0 else [*items, f"the process ended with code {process.exitcode}"]
-    process.kill()
-    process.join()
-    return [*items, f"stopped after {limit_s:.0f} s"]
+    try:
+        while receiver.poll(max(0.0, until - time.monotonic())):
+            try:
+                yield receiver.recv()
+            except EOFError:
+                process.join()
+                if process.exitcode:
+                    yield f"the process ended with code {process.exitcode}"
+                return
+        yield f"stopped after {limit_s:.0f} s"
+    finally:
+        process.kill()
+        process.join()
 
 
 def machine() -> Iterator[Any]:
@@ -535,6 +538,19 @@ def machine() -> Iterator[Any]:
         yield {"gpu": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", **size, **limits, **versions}
 
 
+def found_gpu() -> dict[str, Any]:
+    """What `machine` says, from a process of its own. OSError: PyTorch sees no GPU here."""
+    found = [*isolated(machine, limit_s=60), "PyTorch sees no CUDA GPU"]
+    if isinstance(found[0], str):
+        raise OSError(f"{found[0]}; run this on a machine with a GPU")
+    return found[0]
+
+
+def file_name(gpu: str) -> str:
+    """A GPU's name as part of a file's."""
+    return re.sub(r"[^\w.]+", "-", gpu)
+
+
 def commit() -> str:
     done = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else "unknown"
@@ -542,7 +558,7 @@ def commit() -> str:
 
 def measure(task: Callable[[], Iterator[Any]], limit_s: float) -> dict[str, Any]:
     """One section's entry in the report."""
-    start, items = time.monotonic(), isolated(task, limit_s)
+    start, items = time.monotonic(), list(isolated(task, limit_s))
     figures, errors = ([item for item in items if isinstance(item, kind)] for kind in (dict, str))
     return {"seconds": round(time.monotonic() - start, 2), "figures": figures, "errors": errors}
 
@@ -567,10 +583,7 @@ def run(options: argparse.Namespace) -> int:
     except ImportError:
         raise OSError("PyTorch is not installed; install a build with CUDA, or use --build-only") from None
     given = verified(options.library) if options.library else None
-    found = [*isolated(machine, limit_s=60), "PyTorch sees no CUDA GPU"]
-    if isinstance(found[0], str):
-        raise OSError(f"{found[0]}; run on a machine with a GPU, or use --build-only")
-    report: dict[str, Any] = {"machine": found[0], "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    report: dict[str, Any] = {"machine": found_gpu(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
     report |= {"commit": options.commit or commit(), "sources": digest(), "quick": options.quick, "sections": {}}
     with tempfile.TemporaryDirectory() as folder:
         library: Path | str
@@ -585,8 +598,7 @@ def run(options: argparse.Namespace) -> int:
             entry = measure(partial(section_task, name, library, options.quick), limit_s)
             report["sections"][name] = entry
             print(f"{name}: {len(entry['figures'])} figures in {entry['seconds']} s", file=sys.stderr)
-    name = re.sub(r"[^\w.]+", "-", report["machine"]["gpu"])
-    output = options.output or HERE / "results" / f"gpu_probe-{name}.json"
+    output = options.output or HERE / "results" / f"gpu_probe-{file_name(report['machine']['gpu'])}.json"
     save(report, output)
     for name, entry in report["sections"].items():
         print("\n".join([table(name, entry["figures"]), *(f"!! {error}" for error in entry["errors"])]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -91,6 +92,8 @@ def commit() -> str:
     """The checkout's commit, with "+" after it where files differ from it; "unknown" outside a checkout."""
 
     def git(*arguments: str) -> str:
+        if shutil.which("git") is None:
+            return "unknown"
         command = ["git", "--no-optional-locks", "-C", str(Path(__file__).resolve().parent), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else "unknown"

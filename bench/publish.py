@@ -10,9 +10,12 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import gpu_tables
+from gpu_tables import table
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ("bitsandbytes", "bitsandbytes eval", "dense torch", "torch int4")
@@ -33,12 +36,6 @@ HOW_TO_READ = """\
   at the measured speed of a dense product, whichever takes longer) over the time taken.
 - A target is met or missed by the medians as they are, without rounding and without allowance for noise.
 """
-
-
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, all columns but the first to the right."""
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
 
 
 def machine_line(speed: dict[str, Any]) -> str:
@@ -153,8 +150,8 @@ def section(experiment: dict[str, Any]) -> str:
     return f"### {experiment['title']}\n\n{table(head, lines)}"
 
 
-def page(speed: dict[str, Any], demo: dict[str, Any]) -> str:
-    """docs/numbers.md."""
+def page(speed: dict[str, Any], demo: dict[str, Any], gpus: str) -> str:
+    """docs/numbers.md; `gpus` is its part on GPUs."""
     parts = (
         "# Numbers",
         "Written by `python bench/publish.py` from the files in bench/results; a test fails when they differ.",
@@ -166,6 +163,7 @@ def page(speed: dict[str, Any], demo: dict[str, Any]) -> str:
         f"### Targets of the next, at the memory wall\n\n{targets(speed, 'next')}",
         *(section(experiment) for experiment in speed["experiments"]),
         f"## The demo\n\n{demo_table(demo)}",
+        gpus,
     )
     return "\n\n".join(parts) + "\n"
 
@@ -229,8 +227,11 @@ def publish(root: Path, check: bool) -> list[str]:
     body += "`scale_grad`, dense torch computes the gradient of the whole weight; `train` is forward and dx.\n\n"
     body += f"{comparison(speed)}\n\n{machine_line(speed)}"
     readme = replace_block(replace_block(readme, "numbers", body), "demo", demo_table(demo))
-    differing = []
-    for path, text in ((root / "README.md", readme), (root / "docs" / "numbers.md", page(speed, demo))):
+    differing, numbers = [], page(speed, demo, gpu_tables.section(results))
+    for path, text in (
+        (root / "README.md", readme),
+        (root / "docs" / "numbers.md", numbers),
+    ):
         if not path.is_file() or path.read_text() != text:
             differing.append(str(path.relative_to(root)))
             if not check:

@@ -25,7 +25,7 @@ from typing import Any
 
 import machine
 import torch
-from cases import EXPERIMENTS, MEASURES, Case, Experiment, Target
+from cases import EXPERIMENTS, Case, Experiment, evaluate
 from contenders import Ready, UnavailableError, prepare
 
 from qft import native
@@ -108,36 +108,6 @@ def row(case: Case, ready: Ready, seconds: Sequence[float], limits: Limits) -> d
         "percent_of_roofline": 100 * bound / median,
         "bound_by": "arithmetic" if bound == compute else "memory",
     }
-
-
-def evaluate(target: Target, rows: dict[Case, dict[str, Any]], limits: Limits) -> dict[str, Any]:
-    """A target with its measured figure; both that and `met` are None where a case could not run."""
-    how, unit = MEASURES[target.measure]
-    entry = {
-        "work": target.subject.work,
-        "subject": target.subject.name,
-        "against": target.against.name if target.against else None,
-        "measure": target.measure,
-        "how": how,
-        "limit": target.limit,
-        "unit": unit,
-        "stage": target.stage,
-    }
-    if target.against and target.against.rows != target.subject.rows:
-        entry["against"] += f" at M={target.against.rows}"
-    if target.subject not in rows or (target.against and target.against not in rows):
-        return {**entry, "measured": None, "met": None}
-    subject = rows[target.subject]
-    other = rows[target.against]["median_s"] if target.against else 0.0
-    measured = {
-        "speedup": other / subject["median_s"],
-        "time ratio": subject["median_s"] / (other or 1),
-        "read bandwidth": 100 * subject["read_bytes"] / subject["median_s"] / limits["read"],
-        "write bandwidth": 100 * subject["written_bytes"] / subject["median_s"] / limits["write"],
-        "time": 1e3 * subject["median_s"],
-    }[target.measure]
-    met = measured >= target.limit if how == "at least" else measured <= target.limit
-    return {**entry, "measured": measured, "met": met}
 
 
 def build_facts(seconds: float | None) -> dict[str, Any]:
