@@ -29,10 +29,13 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT / "bench"), str(HERE)]
-import gpu_probe  # noqa: E402
-import gpu_tables  # noqa: E402
-import machine  # noqa: E402
-from session import read  # noqa: E402
+try:
+    import gpu_probe
+    import gpu_tables
+    import machine
+    from session import read
+except ModuleNotFoundError as missing:
+    sys.exit(f"gpu: {sys.executable} has no {missing.name}; say make gpu PYTHON=... with one that has torch and pytest")
 
 Start = Callable[[Path, Path, float], str]  # (log, file of tests, seconds) -> how the process ended, in words
 
