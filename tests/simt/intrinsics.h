@@ -47,10 +47,10 @@ inline void __nanosleep(unsigned) { simt::yield(); }
 #define __builtin_assume(condition) \
   ((condition) ? (void)0 : simt::fail("%s:%d: __builtin_assume(%s) does not hold", __FILE__, __LINE__, #condition))
 
-// ---- bits
+// ---- bits. SIMT_NOSAN keeps loops out of line, where kernels that use them often would take long to compile.
 
 // nvcc masks the selector with 0x7777: unlike the instruction PRMT, this replicates no signs.
-inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+SIMT_NOSAN inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
   uint32_t result = 0;
   for (int i = 0; i < 4; i++) result |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
@@ -62,7 +62,7 @@ inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline int __clzll(long long x) { return x ? __builtin_clzll(x) : 64; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
-inline uint32_t __brev(uint32_t x) {
+SIMT_NOSAN inline uint32_t __brev(uint32_t x) {
   uint32_t r = 0;
   for (int i = 0; i < 32; i++) r |= (x >> i & 1) << (31 - i);
   return r;
@@ -97,7 +97,7 @@ inline float __saturatef(float a) { return a > 0 ? (a < 1 ? a : 1) : 0; }
 // Conversions saturate; NaN becomes 0.
 namespace simt {
 template <class Integer>
-Integer saturated(double rounded) {
+SIMT_NOSAN Integer saturated(double rounded) {
   if (rounded != rounded) return 0;
   using Limits = std::numeric_limits<Integer>;
   if (rounded <= static_cast<double>(Limits::min())) return Limits::min();
