@@ -158,7 +158,7 @@ BUGS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.getbasetemp() / "emulator"
+    return tmp_path_factory.getbasetemp() / "simt"
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ LDMATRIX = {
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    return build(SAMPLES / "run_twins.cpp", tmp_path_factory.getbasetemp() / "emulator", include=[CSRC, SAMPLES])
+    return build(SAMPLES / "run_twins.cpp", tmp_path_factory.getbasetemp() / "simt", include=[CSRC, SAMPLES])
 
 
 @pytest.fixture
@@ -215,7 +215,7 @@ template __global__ void dequantized_gemm<true>(const __grid_constant__ CUtensor
 )
 def test_every_instruction_has_a_twin_and_every_twin_a_test(instructions, twins, tests):
     def functions(path):
-        return set(re.findall(r"__forceinline__ \w+ (\w+)\(", path.read_text()))
+        return set(re.findall(r"(?:__forceinline__|SIMT_REGISTERS) \w+ (\w+)\(", path.read_text()))
 
     names = functions(instructions)
     assert names == functions(TESTS / "simt" / twins)

@@ -1,5 +1,5 @@
 // Host twins of csrc/qft/cuda/ptx.cuh: what each instruction does, in plain C++ on the emulator of simt.h. Contracts
-// and fragment layouts stand there. Each twin is forced inline, so that a report names the kernel's line.
+// and fragment layouts stand there. A twin that can fail is forced inline, so that a report names the kernel's line.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,10 @@
 
 namespace qft::ptx {
 
-__forceinline__ uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector) {
+// Register arithmetic has nothing to check, and inlined into kernels its loops take most of g++'s time.
+#define SIMT_REGISTERS SIMT_NOSAN inline __attribute__((noinline))
+
+SIMT_REGISTERS uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t bytes = uint64_t{high} << 32 | low;
   uint32_t result = 0;
   for (int i = 0; i < 4; i++) {
@@ -22,7 +25,7 @@ __forceinline__ uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector) {
 }
 
 template <int table>
-__forceinline__ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
+SIMT_REGISTERS uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
   static_assert(table >= 0 && table < 256);
   uint32_t result = 0;
   for (int row = 0; row < 8; row++)  // row 4a + 2b + c of the truth table
