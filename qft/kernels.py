@@ -40,6 +40,12 @@ PANEL_ROWS = {
     "cuda": {torch.bfloat16: 64, torch.float16: 64},
 }
 
+# Up to this many rows, 16 at most, a GPU looks 16 levels up two at a time in shared memory; above, by byte permutes.
+# Counted from the sm_90a code, not measured: permutes are bound by integer instructions to 20 codes a clock and
+# multiprocessor whatever the rows, less than an H100's memory brings; the table is bound by shared memory, where
+# activations are read too, to 34 codes with 8 rows, 27 with 16, 18 with 32.
+PAIR_TABLE_ROWS = 16
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -337,7 +343,7 @@ def matmul(x: Tensor, q: QuantTensor, kernel: str | None = None) -> Tensor:
         return reference.matmul(x, dequantize(q, x.dtype, "reference"))
     if name == "panel":
         return _panel_matmul(x.contiguous(), q)
-    return native.matmul(x.contiguous(), q, *_table_of(q.format, name))
+    return native.matmul(x.contiguous(), q, *_table_of(q.format, name), PAIR_TABLE_ROWS)
 
 
 def matmul_t(dy: Tensor, q: QuantTensor, kernel: str | None = None) -> Tensor:

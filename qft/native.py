@@ -241,8 +241,9 @@ def dequantize(
     )
 
 
-def matmul(x: Tensor, q: QuantTensor, code: str, isa: str) -> Tensor:
-    """y = x Wt, `[rows, out]` in x's dtype, for x `[rows, in]`."""
+def matmul(x: Tensor, q: QuantTensor, code: str, isa: str, pair_table_rows: int = 0) -> Tensor:
+    """y = x Wt, `[rows, out]` in x's dtype, for x `[rows, in]`. On CUDA 16 levels are looked up two at a time for up to
+    `pair_table_rows` rows, 16 at most."""
     device, (out, in_features), rows = _device(isa, q.weight), q.shape, x.shape[0]
     y = torch.empty(rows, out, dtype=x.dtype, device=device)
     if not rows:
@@ -260,6 +261,7 @@ def matmul(x: Tensor, q: QuantTensor, code: str, isa: str) -> Tensor:
         rows=rows,
         dtype=DTYPES[x.dtype],
         workspace=workspace.data_ptr(),
+        pair_table_rows=pair_table_rows,
         place=_place(device),
     )
     return y

@@ -24,6 +24,7 @@ from torch import Tensor
 from qft.compiler.emit import emit_loadable, table_code
 from qft.double_quant import dynamic_map
 from qft.format import DQ_BLOCK, INTEGERS, ZERO_DTYPE, Format
+from qft.kernels import PAIR_TABLE_ROWS
 from qft.reference import TORCH_DTYPE
 from qft.tensor import QuantTensor
 
@@ -99,6 +100,7 @@ class _MatmulArgs(_Struct):
         ("rows", c_int64),
         ("dtype", c_int),
         ("workspace", c_void_p),
+        ("pair_table_rows", c_int),
         ("place", _Place),
     ]
 
@@ -396,7 +398,14 @@ def dequantize(
     return out
 
 
-def matmul(x: Tensor, q: QuantTensor, schedule: Schedule = FIRST, *, kernels: Library | None = None) -> Tensor:
+def matmul(
+    x: Tensor,
+    q: QuantTensor,
+    schedule: Schedule = FIRST,
+    *,
+    pair_table_rows: int = PAIR_TABLE_ROWS,
+    kernels: Library | None = None,
+) -> Tensor:
     """y = x Wt, `[rows, out]` in x's dtype, for x `[rows, in]`."""
     packed, used = _Packed(q), _kernels(code_of(q.format), PRODUCTS, kernels, schedule)
     workspace = used.workspace("matmul", *q.shape, x.shape[0])
@@ -409,6 +418,7 @@ def matmul(x: Tensor, q: QuantTensor, schedule: Schedule = FIRST, *, kernels: Li
         rows=x.shape[0],
         dtype=DTYPES[x.dtype],
         workspace=_address(workspace),
+        pair_table_rows=pair_table_rows,
     )
     return y
 

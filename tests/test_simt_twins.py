@@ -74,13 +74,6 @@ def test_lop3_is_its_table_for_every_table(run):
         assert result[function(0xF0, 0xCC, 0xAA) & 0xFF] == function(a, b, c)
 
 
-def test_loads_bring_the_words_they_name(run):
-    source, result = words(np.random.default_rng(2), 32, 4), np.empty(288, np.uint32)
-    run("run_loads", source, result)
-    assert np.array_equal(result[:256].reshape(32, 8), source[:, [0, 3, 0, 1, 2, 3, 2, 3]])
-    assert np.array_equal(result[256:], source[:, 3])
-
-
 def test_cp_async_fills_with_zeros_what_it_does_not_read(run):
     source = aligned(np.random.default_rng(3).integers(1, 256, (17, 16), np.uint8))
     result = aligned(source)
@@ -171,10 +164,9 @@ __global__ void every_instruction(const uint4* x, float* y) {
   ptx::cp_async16(at, x, threadIdx.x);
   ptx::cp_commit();
   ptx::cp_wait<0>();
-  const uint4 v = ptx::load_streaming(x + 1), w = ptx::lds128(at);
-  const uint2 u = ptx::lds64(at);
-  const uint32_t a[4] = {ptx::prmt(v.x, w.x, u.x), ptx::lop3<0xEA>(v.y, w.y, u.y), v.z, v.w};
-  const uint32_t b[2] = {w.z, ptx::lds32(at)};
+  const uint4 v = x[1], w = *reinterpret_cast<const uint4*>(shared);
+  const uint32_t a[4] = {ptx::prmt(v.x, w.x, v.y), ptx::lop3<0xEA>(v.y, w.y, w.x), v.z, v.w};
+  const uint32_t b[2] = {w.z, w.w};
   float c[4] = {};
   ptx::mma_m16n8k16<T>(c, a, b);
   for (int i = 0; i < 4; i++) y[i] = c[i];

@@ -46,7 +46,8 @@ struct MatmulArgs {
   void* y;        // [rows][out] in dtype
   int64_t rows;
   Dtype dtype;
-  float* workspace;  // [matmul_workspace(...)]
+  float* workspace;     // [matmul_workspace(...)]
+  int pair_table_rows;  // CUDA: up to so many rows, 16 at most, 16 levels are looked up two at a time
   Place place;
 };
 

@@ -112,10 +112,12 @@ PYBIND11_MODULE(_native, m) {
       .def(
           "matmul",
           [](const Kernels& k, const Weight& weight, uintptr_t x, uintptr_t y, int64_t rows, Dtype dtype,
-             uintptr_t workspace, const Place& place) {
-            k.matmul({weight, pointer<const void>(x), pointer<void>(y), rows, dtype, pointer<float>(workspace), place});
+             uintptr_t workspace, int pair_table_rows, const Place& place) {
+            k.matmul({weight, pointer<const void>(x), pointer<void>(y), rows, dtype, pointer<float>(workspace),
+                      pair_table_rows, place});
           },
-          py::kw_only(), "weight"_a, "x"_a, "y"_a, "rows"_a, "dtype"_a, "workspace"_a, "place"_a, Released())
+          py::kw_only(), "weight"_a, "x"_a, "y"_a, "rows"_a, "dtype"_a, "workspace"_a, "pair_table_rows"_a, "place"_a,
+          Released())
       .def(
           "matmul_t",
           [](const Kernels& k, const Weight& weight, uintptr_t dy, uintptr_t dx, int64_t rows, Dtype dtype,

@@ -35,16 +35,6 @@ SIMT_REGISTERS uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
 
 __forceinline__ uint32_t smem_u32(const void* shared) { return simt::smem_u32(shared); }
 
-__forceinline__ uint32_t lds32(uint32_t address) {
-  return *reinterpret_cast<const uint32_t*>(simt::smem_ptr(address, 4));
-}
-
-__forceinline__ uint2 lds64(uint32_t address) { return *reinterpret_cast<const uint2*>(simt::smem_ptr(address, 8)); }
-
-__forceinline__ uint4 lds128(uint32_t address) { return *reinterpret_cast<const uint4*>(simt::smem_ptr(address, 16)); }
-
-__forceinline__ uint4 load_streaming(const void* source) { return *static_cast<const uint4*>(source); }
-
 __forceinline__ void cp_async16(uint32_t destination, const void* source, uint32_t source_bytes = 16) {
   if (source_bytes > 16) simt::fail("cp.async: source size %u is more than the 16 bytes it copies", source_bytes);
   simt::cp_async(destination, source, 16, source_bytes);

@@ -1,5 +1,5 @@
 // Decoding in registers: eight codes of a packed row become four registers of two levels each, in the activations' type
-// and in the order of the row. A decoder is made once per thread; `octet` fetches, `eight` decodes.
+// and in the order of the row. An OctetReader fetches, a decoder's `eight` decodes; a thread makes one of each.
 #pragma once
 
 #include <type_traits>
@@ -31,8 +31,9 @@ __device__ __forceinline__ uint32_t add_halves(uint32_t a, uint32_t b) {
 __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return ptx::lop3<0xEA>(a, b, c); }
 
 // Reads the eight codes of octet 0..3 of a record in shared memory, one per nibble. A reader is made for one octet: the
-// lanes of a warp hold different ones and must not part ways. It reads from `start` bytes into the record on.
-template <int bits>
+// lanes of a warp hold different ones and must not part ways. It reads from `start` bytes into the record on. `packed`:
+// as they are stored instead, the first code lowest.
+template <int bits, bool packed = false>
 struct OctetReader;
 
 template <>
@@ -79,7 +80,16 @@ struct OctetReader<3> {
 };
 
 template <>
-struct OctetReader<4> {
+struct OctetReader<2, true> {
+  int start;
+  __device__ __forceinline__ explicit OctetReader(int octet) : start(octet * 2) {}
+  __device__ __forceinline__ uint32_t operator()(const char* half) const {
+    return *reinterpret_cast<const uint16_t*>(half);
+  }
+};
+
+template <bool packed>
+struct OctetReader<4, packed> {  // nibbles are how they are stored
   int start;
   __device__ __forceinline__ explicit OctetReader(int octet) : start(octet * 4) {}
   __device__ __forceinline__ uint32_t operator()(const char* word) const {
@@ -109,6 +119,7 @@ __device__ __forceinline__ void interleave(uint32_t low, uint32_t high, uint32_t
 template <class T, int levels>
 struct BytePlanes {
   static_assert(levels == 8 || levels == 16);
+  static constexpr bool packed = false;
   static constexpr int planes = levels / 4;
   static constexpr int table_bytes = 2 * planes * 4;
   uint32_t low[planes], high[planes];
@@ -143,20 +154,22 @@ struct BytePlanes {
   }
 };
 
-// Looks two of 16 levels up at once: byte -> both levels, in shared memory, one copy of the table per bank, so that no
-// two lanes collide.
-template <class T>
+// Looks two levels up at once: two packed codes -> both levels, in shared memory, one copy of the table per bank, so
+// that no two lanes collide.
+template <class T, int bits>
 struct PairTable {
+  static constexpr bool packed = true;
+  static constexpr int entries = 1 << 2 * bits;
   static constexpr int entry_bytes = 4 * kWarp;
-  static constexpr int table_bytes = 256 * entry_bytes;
+  static constexpr int table_bytes = entries * entry_bytes;
   const char* table;
   uint32_t column;  // this lane's bank: bytes from the start of an entry
 
   __device__ __forceinline__ static void fill(const LevelTable& book, uint32_t* table) {
     for (int i = threadIdx.x; i < table_bytes / 16; i += blockDim.x) {
-      const int byte = i / (entry_bytes / 16);
-      const uint32_t pair =
-          bits_of(from_float<T>(book.level[byte / 16])) << 16 | bits_of(from_float<T>(book.level[byte % 16]));
+      const int codes = i / (entry_bytes / 16);
+      const uint32_t pair = bits_of(from_float<T>(book.level[codes >> bits])) << 16 |
+                            bits_of(from_float<T>(book.level[codes & ((1 << bits) - 1)]));
       reinterpret_cast<uint4*>(table)[i] = make_uint4(pair, pair, pair, pair);
     }
   }
@@ -165,9 +178,10 @@ struct PairTable {
   __device__ __forceinline__ void eight(uint32_t codes, uint32_t (&pairs)[4]) const {
     constexpr int log2_entry = 7;
     static_assert(entry_bytes == 1 << log2_entry);
-    for (int byte = 0; byte < 4; byte++) {
-      const uint32_t shifted = byte == 0 ? codes << log2_entry : codes >> (8 * byte - log2_entry);
-      pairs[byte] = *reinterpret_cast<const uint32_t*>(table + and_or(shifted, 0xffu << log2_entry, column));
+    for (int i = 0; i < 4; i++) {
+      const int right = 2 * bits * i - log2_entry;
+      const uint32_t shifted = right < 0 ? codes << -right : codes >> right;
+      pairs[i] = *reinterpret_cast<const uint32_t*>(table + and_or(shifted, (entries - 1u) << log2_entry, column));
     }
   }
 };
@@ -175,6 +189,7 @@ struct PairTable {
 // Integers are computed: no table. Codes count from the middle of their range, whether the format has zero points or
 // not: its kernels subtract the middle from the zero point instead.
 struct Computed {
+  static constexpr bool packed = false;
   static constexpr int table_bytes = 0;
   __device__ __forceinline__ static void fill(const LevelTable&, uint32_t*) {}
   __device__ __forceinline__ explicit Computed(const uint32_t*) {}
@@ -212,11 +227,11 @@ struct EightBitIntegers : Computed {
   }
 };
 
-// The decoder of a format; `pair_table` chooses between the two that 16 levels have.
+// The decoder of a format; `pair_table` chooses between the two that levels of 2 and 4 bits have.
 template <class F, class T, bool pair_table = false>
 using Decoder = std::conditional_t<
     F::kind == Levels::integer && F::bits == 8, EightBitIntegers<T>,
     std::conditional_t<F::kind == Levels::integer && F::bits == 4, FourBitIntegers<T>,
-                       std::conditional_t<pair_table, PairTable<T>, BytePlanes<T, (F::bits == 4 ? 16 : 8)>>>>;
+                       std::conditional_t<pair_table, PairTable<T, F::bits>, BytePlanes<T, (F::bits == 4 ? 16 : 8)>>>>;
 
 }  // namespace qft::QFT_ISA

@@ -26,7 +26,7 @@ constexpr int kGemmRows = 64;                  // rows of x that one launch take
 constexpr int kGemmBlocksPerSm = 2;            // that registers and shared memory are sized for
 constexpr int kSplitCodes = 256;               // splits of K begin at multiples: whole chunks for every kernel
 
-// One launch.
+// The arguments of one launch.
 struct GemmSmall {
   Weight weight;
   LevelTable levels;
@@ -285,9 +285,9 @@ struct ScaleLoader {
 // sums += W x over one record, for 16 outputs and 8 * tiles tokens of a warp. `upper` and `lower` are the record's
 // codes in rows g and g + 8, scales and zero points likewise, x the octet of token g.
 template <class D, int bits, class T, int tiles, bool zeros>
-__device__ __forceinline__ void multiply_record(const D& decoder, const OctetReader<bits>& octet, const char* upper,
-                                                const char* lower, const char* x, int token_pitch, int rows,
-                                                const float (&scale)[2], const float (&zero)[2],
+__device__ __forceinline__ void multiply_record(const D& decoder, const OctetReader<bits, D::packed>& octet,
+                                                const char* upper, const char* lower, const char* x, int token_pitch,
+                                                int rows, const float (&scale)[2], const float (&zero)[2],
                                                 float (&sums)[tiles][4]) {
   uint32_t a_upper[4], a_lower[4];
   decoder.eight(octet(upper), a_upper);
@@ -376,7 +376,7 @@ __global__ void __launch_bounds__(kGemmThreads, kGemmBlocksPerSm) gemm_small(con
   D::fill(p.levels, table);
   __syncthreads();
   const D decoder(table);
-  const OctetReader<bits> octet(c);
+  const OctetReader<bits, D::packed> octet(c);
   float* scales = reinterpret_cast<float*>(shared + Stage::scale_offset);
   float* zero_points = reinterpret_cast<float*>(shared + Stage::zero_offset);
   scale_loader.store(scales, zero_points);
@@ -454,12 +454,6 @@ static int64_t matmul_workspace(int64_t out, int64_t in, int64_t rows, int devic
   return splits > 1 ? splits * std::min<int64_t>(rows, kGemmRows) * out : 0;
 }
 
-// Up to so many rows (16 at most), 16 levels are looked up in the pair table, from there on by byte permutes. Counted
-// from the sm_90a code, not yet measured: byte permutes take 3.4 integer instructions a code, which bounds an SM to 19
-// codes a clock whatever the rows, some 2.5 TB/s of nf4 on an H100 and less than its memory brings. The pair table is
-// bound by shared memory, which it shares with the activations: 34 codes a clock with 8 tokens, 27 with 16, 18 with 32.
-constexpr int kPairTableRows = 16;
-
 template <class F, class T, int tiles, bool zeros, bool pair_table>
 void launch_gemm_small(GemmSmall p, int splits, const Place& place) {
   using D = Decoder<F, T, pair_table>;
@@ -473,20 +467,23 @@ void launch_gemm_small(GemmSmall p, int splits, const Place& place) {
 
 template <class F, class T, bool zeros>
 void launch_tiles(const GemmSmall& p, int splits, int pair_table_rows, const Place& place) {
-  if constexpr (F::kind == Levels::codebook && F::bits == 4) {
-    const int rows = p.rows <= pair_table_rows ? p.rows : kGemmRows;
-    if (rows <= 8) return launch_gemm_small<F, T, 1, zeros, true>(p, splits, place);
-    if (rows <= 16) return launch_gemm_small<F, T, 2, zeros, true>(p, splits, place);
+  constexpr bool two_bits = F::bits == 2, sixteen_levels = F::kind == Levels::codebook && F::bits == 4;
+  if constexpr (two_bits || sixteen_levels)
+    if (p.rows <= 16 && (two_bits || p.rows <= pair_table_rows)) {
+      if (p.rows <= 8) return launch_gemm_small<F, T, 1, zeros, true>(p, splits, place);
+      return launch_gemm_small<F, T, 2, zeros, true>(p, splits, place);
+    }
+  if constexpr (!two_bits) {
+    if (p.rows <= 8) return launch_gemm_small<F, T, 1, zeros, false>(p, splits, place);
+    if (p.rows <= 16) return launch_gemm_small<F, T, 2, zeros, false>(p, splits, place);
   }
-  if (p.rows <= 8) return launch_gemm_small<F, T, 1, zeros, false>(p, splits, place);
-  if (p.rows <= 16) return launch_gemm_small<F, T, 2, zeros, false>(p, splits, place);
   if (p.rows <= 32) return launch_gemm_small<F, T, 4, zeros, false>(p, splits, place);
   launch_gemm_small<F, T, 8, zeros, false>(p, splits, place);
 }
 
 // y = x Wt, 64 rows at a time.
 template <class F, class T>
-void matmul_in(const MatmulArgs& a, int pair_table_rows) {
+void matmul_in(const MatmulArgs& a) {
   const Splits splits = choose_splits(a.weight.out, a.weight.in, a.place.device);
   Weight symmetric = a.weight;
   symmetric.zeros = nullptr;  // integers count from the middle: see Computed and ScaleLoader
@@ -503,11 +500,11 @@ void matmul_in(const MatmulArgs& a, int pair_table_rows) {
     if (splits.count) {
       if constexpr (F::may_have_zeros) {
         if (a.weight.zeros)
-          launch_tiles<F, T, true>(p, splits.count, pair_table_rows, a.place);
+          launch_tiles<F, T, true>(p, splits.count, a.pair_table_rows, a.place);
         else
-          launch_tiles<F, T, false>(p, splits.count, pair_table_rows, a.place);
+          launch_tiles<F, T, false>(p, splits.count, a.pair_table_rows, a.place);
       } else {
-        launch_tiles<F, T, false>(p, splits.count, pair_table_rows, a.place);
+        launch_tiles<F, T, false>(p, splits.count, a.pair_table_rows, a.place);
       }
     }
     if (splits.count != 1) {
@@ -519,23 +516,17 @@ void matmul_in(const MatmulArgs& a, int pair_table_rows) {
   }
 }
 
-// With a threshold of one's own in place of kPairTableRows: for measuring it.
 template <class F>
-void matmul_with(const MatmulArgs& a, int pair_table_rows) {
+void matmul(const MatmulArgs& a) {
   if (a.dtype == Dtype::f32)
     throw std::runtime_error(
         "matmul on CUDA multiplies bf16 or fp16 activations, not fp32: convert x, or dequantize the weight and use a "
         "dense product");
   if (a.rows == 0 || a.weight.out == 0) return;
   if (a.dtype == Dtype::bf16)
-    matmul_in<F, __nv_bfloat16>(a, pair_table_rows);
+    matmul_in<F, __nv_bfloat16>(a);
   else
-    matmul_in<F, __half>(a, pair_table_rows);
-}
-
-template <class F>
-void matmul(const MatmulArgs& a) {
-  matmul_with<F>(a, kPairTableRows);
+    matmul_in<F, __half>(a);
 }
 
 }  // namespace qft::QFT_ISA

@@ -43,42 +43,6 @@ __device__ __forceinline__ uint32_t smem_u32(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// Loads from a shared address, which saves the 64-bit arithmetic of a pointer. Aligned to their size.
-__device__ __forceinline__ uint32_t lds32(uint32_t address) {
-  uint32_t value;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
-  return value;
-}
-
-__device__ __forceinline__ uint2 lds64(uint32_t address) {
-  uint2 value;
-  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address) : "memory");
-  return value;
-}
-
-__device__ __forceinline__ uint4 lds128(uint32_t address) {
-  uint4 value;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(address)
-               : "memory");
-  return value;
-}
-
-// 16 bytes of global memory that no thread writes during the kernel and that are read once: they skip L1 and are the
-// first to leave L2, so that packed weights do not evict the activations. `source` is aligned to 16 bytes.
-__device__ __forceinline__ uint4 load_streaming(const void* source) {
-  uint4 value;
-  asm("{\n"
-      "  .reg .b64 policy;\n"
-      "  createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
-      "  ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], policy;\n"
-      "}"
-      : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-      : "l"(source));
-  return value;
-}
-
 // Starts a copy of 16 bytes from global to shared memory: the first `source_bytes` (0..16) are read, the others become
 // zero, so with 0 `source` is not touched. Both addresses are aligned to 16 bytes. It passes L1 by (.cg) and may land
 // at any time until this thread's cp_wait; other threads may read it only after a barrier that follows that wait.

@@ -33,21 +33,6 @@ __global__ void lop3(const uint32_t* words, uint32_t* result) {  // thread t: ta
   result[threadIdx.x] = functions[threadIdx.x](words[0], words[1], words[2]);
 }
 
-// Lane t loads its 16 bytes of `source` (512 bytes) by five roads; the first words are kept.
-__global__ void loads(const uint4* source, uint32_t* result) {
-  DYN_SMEM(shared, 16);
-  const int t = threadIdx.x;
-  const uint32_t address = ptx::smem_u32(shared) + 16 * t;
-  ptx::cp_async16(address, source + t);
-  ptx::cp_commit();
-  ptx::cp_wait<0>();
-  const uint4 streamed = ptx::load_streaming(source + t), quad = ptx::lds128(address);
-  const uint2 pair = ptx::lds64(address + 8);
-  const uint32_t words[8] = {streamed.x, streamed.w, quad.x, quad.y, quad.z, quad.w, pair.x, ptx::lds32(address + 12)};
-  for (int i = 0; i < 8; i++) result[8 * t + i] = words[i];
-  result[256 + t] = pair.y;
-}
-
 // Lane t copies t bytes (lanes 0..16) over a tile of ones.
 __global__ void zero_fill(const uint4* source, uint4* result) {
   DYN_SMEM(shared, 16);
@@ -126,7 +111,6 @@ SIMT_EXPORT const char* run_lop3(const uint32_t* words, uint32_t* out) {
   return outcome(simt::launch(lop3, 1, kWords, 0, words, out));
 }
 
-SIMT_EXPORT const char* run_loads(const void* in, void* out) { return one_warp(loads, in, 512, out, 1152); }
 SIMT_EXPORT const char* run_zero_fill(const void* in, void* out) {
   simt::clear_buffers();
   simt::add_buffer(in, 17 * 16, "in");
