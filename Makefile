@@ -29,7 +29,7 @@ check: $(READY)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp')
+	.venv/bin/clang-format --dry-run --Werror $$(find csrc tests/simt -name '*.h' -o -name '*.cuh' -o -name '*.cpp')
 
 bench: $(READY)
 	$(PY) -m pytest bench --benchmark-enable --benchmark-only

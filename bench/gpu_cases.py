@@ -23,6 +23,8 @@ FORMATS = (
 CHANNEL = "int4 channel f32"
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192)
 CROSSING = (16, 32, 64, 128)  # where the small product and the panels meet: both sides are timed
+PERMUTES = "cuda, byte permutes"  # for 16 levels at few rows, in the pair table's place
+FEW = (1, 8, 16)  # rows at which both lookups are timed
 DENSE, BNB, BNB_DEQUANTIZE, GEMLITE = "dense torch", "bitsandbytes", "bitsandbytes dequantize", "gemlite"
 PRODUCTS = ("matmul", "matmul_t", "scale_grad")
 
@@ -82,6 +84,8 @@ def together(case: Case) -> Iterator[Case]:
     yield case
     if case.verb == "matmul" and case.rows in CROSSING:
         yield from (Case("qft", case.verb, case.shape, case.fmt, case.rows, kernel=name) for name in ("cuda", "panel"))
+    if case.verb == "matmul" and case.rows in FEW and case.fmt in (NF4, NF4_DQ):
+        yield Case("qft", case.verb, case.shape, case.fmt, case.rows, kernel=PERMUTES)
 
 
 def weight_cases(shape: tuple[int, int], fmt: str) -> Iterator[Case]:

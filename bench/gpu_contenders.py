@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from cases import Case
 from contenders import TOLERANCE, UnavailableError, by_rows, costs, every, product_error, relative_error
-from gpu_cases import BNB, BNB_DEQUANTIZE, DENSE, GEMLITE
+from gpu_cases import BNB, BNB_DEQUANTIZE, DENSE, GEMLITE, PERMUTES
 from torch import Tensor
 
 import qft
@@ -79,6 +79,9 @@ def _dense(case: Case, device: str) -> Contender:
 
 def _qft(case: Case, device: str) -> Contender:
     q, _ = packed(case.shape, case.fmt, device)
+    if case.kernel == PERMUTES:
+        table = kernels._table_of(q.format, "cuda")
+        return Contender(q.nbytes, partial(clone, q), {"matmul": lambda q, x, dy: native.matmul(x, q, *table, 0)})
     verbs: dict[str, Verb] = {
         "matmul": lambda q, x, dy: kernels.matmul(x, q, case.kernel),
         "matmul_t": lambda q, x, dy: kernels.matmul_t(dy, q, case.kernel),
@@ -210,7 +213,7 @@ def _kernel(case: Case, device: str) -> str:
         return ""
     problem = kernels.Problem(case.verb, Format.parse(case.fmt), device, BF16, case.rows)
     try:
-        return kernels.choose(problem, case.kernel).kernel.name
+        return kernels.choose(problem, "cuda" if case.kernel == PERMUTES else case.kernel).kernel.name
     except ValueError as reason:
         raise UnavailableError(str(reason)) from None
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cases import evaluate
-from gpu_cases import CROSSING, ROWS, STEPS, TARGETS
+from gpu_cases import CROSSING, FEW, PERMUTES, ROWS, STEPS, TARGETS
 
 NOT_MEASURED = "not measured"
 HOW_TO_READ = """\
@@ -114,7 +114,7 @@ def _grid(head: Sequence[str], rows: Sequence[dict[str, Any]], verb: str, column
     names = dict.fromkeys(name for name, _ in at)
 
     def cell(name: str, column: int) -> str:
-        asked = ", kernel " not in name or column in CROSSING
+        asked = ", kernel " not in name or column in (FEW if name.endswith(PERMUTES) else CROSSING)
         return _cell(at.get((name, column))) if asked else ""
 
     return table(head, ((name, *(cell(name, column) for column in columns)) for name in names))

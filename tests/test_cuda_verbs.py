@@ -326,7 +326,8 @@ MUTANTS = [
 @pytest.fixture(scope="module")
 def mutants(request, tmp_path_factory):
     """The libraries of the mutants that were selected, by name."""
-    wanted = [item.callspec.params["mutant"] for item in request.session.items if "mutant" in item.fixturenames]
+    items = [item for item in request.session.items if item.path == request.path]
+    wanted = [item.callspec.params["mutant"] for item in items if "mutant" in item.fixturenames]
     folder = tmp_path_factory.mktemp("mutants")
     with ThreadPoolExecutor(2) as pool:
         return dict(zip([mutant.name for mutant in wanted], pool.map(lambda m: m.build(folder), wanted), strict=True))

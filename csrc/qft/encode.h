@@ -13,12 +13,12 @@ static inline uint32_t pack_nibbles(uint64_t bytes) {
 }
 
 // 8 nibbles below 4 -> 16 bits; below 2 -> 8 bits
-static inline uint32_t pack_pairs(uint32_t nibbles) {
+QFT_HOST_DEVICE static inline uint32_t pack_pairs(uint32_t nibbles) {
   nibbles = (nibbles | nibbles >> 2) & 0x0f0f0f0fu;
   nibbles = (nibbles | nibbles >> 4) & 0x00ff00ffu;
   return (nibbles | nibbles >> 8) & 0xffffu;
 }
-static inline uint32_t pack_bits(uint32_t nibbles) {
+QFT_HOST_DEVICE static inline uint32_t pack_bits(uint32_t nibbles) {
   nibbles = (nibbles | nibbles >> 3) & 0x03030303u;
   nibbles = (nibbles | nibbles >> 6) & 0x000f000fu;
   return (nibbles | nibbles >> 12) & 0xffu;

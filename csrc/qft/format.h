@@ -4,6 +4,13 @@
 
 #include <cstdint>
 
+// In front of functions that host and device share.
+#ifdef __CUDACC__
+#define QFT_HOST_DEVICE __host__ __device__
+#else
+#define QFT_HOST_DEVICE
+#endif
+
 namespace qft {
 
 enum class Dtype : int { f32, f16, bf16 };

@@ -119,7 +119,8 @@ void declare(Arrays& arrays, const qft::DotColumnsArgs& a) {
   arrays.input(a.a, bytes, "a");
   arrays.input(a.b, bytes, "b");
   arrays.output(a.total, a.columns * 4, "total");
-  arrays.scratch(a.workspace, 4 * plain_kernels()->dot_columns_workspace(a.rows, a.columns, a.place.device), "workspace");
+  arrays.scratch(a.workspace, 4 * plain_kernels()->dot_columns_workspace(a.rows, a.columns, a.place.device),
+                 "workspace");
 }
 
 template <class Args>
@@ -139,7 +140,7 @@ const char* run(void (*verb)(const Args&), const Args& args) {
   return text.c_str();
 }
 
-template <class Args, void (*qft::Kernels::* verb)(const Args&)>
+template <class Args, void (*qft::Kernels::*verb)(const Args&)>
 void checked(const Args& args) {
   if (const char* error = run(plain_kernels()->*verb, args)) throw std::runtime_error(error);
 }

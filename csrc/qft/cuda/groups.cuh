@@ -33,12 +33,12 @@ struct GroupLanes {
     while (shift < 5 && (groups <= 1 || run << shift < group)) shift++;
   }
 
-  __host__ __device__ int lanes() const { return 1 << shift; }
-  __host__ __device__ int side_by_side() const { return kWarp >> shift; }
+  QFT_HOST_DEVICE int lanes() const { return 1 << shift; }
+  QFT_HOST_DEVICE int side_by_side() const { return kWarp >> shift; }
   // columns that the lanes of a group take in one pass
-  __host__ __device__ int pass() const { return run << shift; }
+  QFT_HOST_DEVICE int pass() const { return run << shift; }
   // pieces of a row
-  __host__ __device__ int64_t parts() const { return (groups + side_by_side() - 1) >> (5 - shift); }
+  QFT_HOST_DEVICE int64_t parts() const { return (groups + side_by_side() - 1) >> (5 - shift); }
 };
 
 // The place of one lane in a piece.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "qft/cuda/octets.cuh"
+#include "qft/encode.h"
 
 namespace qft::QFT_ISA {
 
@@ -23,18 +24,6 @@ struct Record {
   }
 };
 
-// Eight nibbles below 4 -> 16 bits; below 2 -> 8 bits.
-__device__ __forceinline__ uint32_t gather_pairs(uint32_t nibbles) {
-  nibbles = (nibbles | nibbles >> 2) & 0x0f0f0f0fu;
-  nibbles = (nibbles | nibbles >> 4) & 0x00ff00ffu;
-  return (nibbles | nibbles >> 8) & 0xffffu;
-}
-__device__ __forceinline__ uint32_t gather_bits(uint32_t nibbles) {
-  nibbles = (nibbles | nibbles >> 3) & 0x03030303u;
-  nibbles = (nibbles | nibbles >> 6) & 0x000f000fu;
-  return (nibbles | nibbles >> 12) & 0xffu;
-}
-
 // Stores record `at` of a row, which has a code of it; the row's last one may be cut short by the row's end, 8-bit
 // codes alone. What lies between the row's last record and its end becomes 0: less than 16 bytes.
 template <int bits>
@@ -51,11 +40,10 @@ __device__ __forceinline__ void store_record(uint8_t* row, int64_t at, const Rec
   } else if constexpr (bits == 3) {  // the spare bits of three nibble words are the bit planes of the fourth octet
     for (int i = 0; i < 3; i++) to[i] = words[i] | (words[3] >> i & 0x11111111u) << 3;
   } else if constexpr (bits == 2) {
-    reinterpret_cast<uint2*>(to)[0] = make_uint2(gather_pairs(words[0]) | gather_pairs(words[1]) << 16,
-                                                 gather_pairs(words[2]) | gather_pairs(words[3]) << 16);
+    reinterpret_cast<uint2*>(to)[0] = make_uint2(pack_pairs(words[0]) | pack_pairs(words[1]) << 16,
+                                                 pack_pairs(words[2]) | pack_pairs(words[3]) << 16);
   } else {
-    to[0] =
-        gather_bits(words[0]) | gather_bits(words[1]) << 8 | gather_bits(words[2]) << 16 | gather_bits(words[3]) << 24;
+    to[0] = pack_bits(words[0]) | pack_bits(words[1]) << 8 | pack_bits(words[2]) << 16 | pack_bits(words[3]) << 24;
   }
   if (last)
     for (int64_t i = end; i < row_bytes; i += 4) *reinterpret_cast<uint32_t*>(row + i) = 0;

@@ -13,9 +13,9 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 // (tables, a division) is paid for; not measured.
 constexpr int kBlocksPerMultiprocessor = 32;
 
-__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+QFT_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-__host__ __device__ constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+QFT_HOST_DEVICE constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // A grid of kThreads threads a block for `rows` rows of `parts` pieces.
 inline dim3 grid_for(int64_t rows, int64_t parts, int device) {
