@@ -57,6 +57,11 @@ class Problem:
     dtype: torch.dtype
     rows: int = 0  # rows of x or dy; 0 for verbs without
 
+    @property
+    def kind(self) -> str:
+        """Of device, without its number."""
+        return self.device.partition(":")[0]
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -94,15 +99,14 @@ OLDEST_GPU = (8, 0)  # compute capability: mma.sync of bf16 and cp.async came wi
 
 def _not_on_cuda(problem: Problem) -> str | None:
     """Why CUDA kernels cannot run a problem at all."""
-    device = torch.device(problem.device)
-    if device.type != "cuda":
+    if problem.kind != "cuda":
         return f"the weight is on {problem.device}, this kernel runs on a CUDA device"
     if reason := _other_dtype(problem):
         return reason
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    capability = torch.cuda.get_device_capability(device)
-    named = f"{device} has compute capability {capability[0]}.{capability[1]}"
+    capability = torch.cuda.get_device_capability(problem.device)
+    named = f"{problem.device} has compute capability {capability[0]}.{capability[1]}"
     if capability < OLDEST_GPU:
         return f"{named}, the kernels need {OLDEST_GPU[0]}.{OLDEST_GPU[1]}"
     code = table_code(problem.fmt, "cuda")
@@ -139,10 +143,9 @@ def _without(isa: str) -> Callable[[Problem], str | None]:
 
 def _panel_limit(problem: Problem) -> int:
     """Rows up to which a kernel of qft's own multiplies; a panel product takes over above them."""
-    device = torch.device(problem.device).type
-    if device == "cuda" and problem.verb == "matmul_t":
+    if problem.kind == "cuda" and problem.verb == "matmul_t":
         return 0
-    return PANEL_ROWS.get(device, {}).get(problem.dtype, 0)
+    return PANEL_ROWS.get(problem.kind, {}).get(problem.dtype, 0)
 
 
 def _many_rows(problem: Problem) -> str | None:
