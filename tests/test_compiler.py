@@ -200,6 +200,18 @@ def test_cuda_kernels_are_cached_by_code_architecture_and_compiler(cache, monkey
         jit.build({"cuda": "levels4"}, "90a")
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on the PATH")
+def test_nvcc_builds_kernels_that_load_and_say_what_they_are_for(monkeypatch):
+    tables, targets = dict(native.tables()), dict(native.cuda_targets())
+    monkeypatch.setattr(native, "tables", lambda: tables)
+    monkeypatch.setattr(native, "cuda_targets", lambda: targets)
+    (library,) = jit.build({"cuda": "levels1"}, "80")
+    native.load(str(library), "sm_80")
+    assert (tables["levels1", "cuda"].code, tables["levels1", "cuda"].isa) == ("levels1", "cuda")
+    assert native.serves("levels1", (8, 6))
+    assert not native.serves("levels1", (9, 0))
+
+
 def no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
 
