@@ -110,8 +110,9 @@ def _not_on_cuda(problem: Problem) -> str | None:
     if capability < OLDEST_GPU:
         return f"{named}, the kernels need {OLDEST_GPU[0]}.{OLDEST_GPU[1]}"
     code = table_code(problem.fmt, "cuda")
-    if not native.serves(code, capability):
-        _compile_at_first_need(problem.fmt.code, capability)
+    if native.serves(code, capability):
+        return None
+    _compile_at_first_need(problem.fmt.code, capability)
     if native.serves(code, capability):
         return None
     there = ", ".join(native.cuda_targets().get(code, ())) or "no GPU"
@@ -201,12 +202,19 @@ def _compile_at_first_need(code: str, capability: tuple[int, int] | None = None)
     """Tried once per process: a compiler that fails is not run again at every call. With `capability`, for that GPU."""
     try:
         if capability is None:
-            compile(Format(code, 64))
+            _compile_for_cpu(Format(code, 64))
         else:
             _compile_for_gpu(Format(code, 64), capability)
     except OSError as reason:
         slower = "generic kernel" if capability is None else "reference"
         say_once(f"{code} runs on the {slower}, which is slower: {reason}")
+
+
+def _compile_for_cpu(fmt: Format) -> None:
+    wanted = [isa for isa in native.instruction_sets() if (fmt.code, isa) not in native.tables()]
+    if wanted and not _is_built(fmt):
+        for library in build(dict.fromkeys(wanted, fmt.code)):
+            native.load(str(library))
 
 
 def _compile_for_gpu(fmt: Format, capability: tuple[int, int]) -> None:
@@ -229,14 +237,10 @@ def compile(fmt: Format | str) -> list[str]:
         OSError: no compiler was found, it failed, or the cache cannot be written.
     """
     fmt = Format.parse(fmt)
-    wanted = [isa for isa in native.instruction_sets() if (fmt.code, isa) not in native.tables()]
-    if wanted and not _is_built(fmt):
-        for library in build(dict.fromkeys(wanted, fmt.code)):
-            native.load(str(library))
+    _compile_for_cpu(fmt)
     made = [isa for isa in native.instruction_sets() if (fmt.code, isa) in native.tables()]
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or (capability := torch.cuda.get_device_capability()) < OLDEST_GPU:
         return made
-    capability = torch.cuda.get_device_capability()
     if not native.serves(table_code(fmt, "cuda"), capability):
         _compile_for_gpu(fmt, capability)
     return [*made, "cuda"]

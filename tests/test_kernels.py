@@ -538,6 +538,24 @@ def test_for_a_gpu_it_was_not_built_for_nvcc_builds_the_kernels(pretend_gpu, mon
     assert (made, loaded) == ([({"cuda": "levels4"}, "89")], ["library"])
 
 
+def test_a_cpus_first_need_builds_nothing_for_the_gpu_beside_it(pretend_gpu, monkeypatch, caplog):
+    pretend_gpu((9, 0), ())
+    asked = []
+    monkeypatch.setattr(kernels, "build", lambda codes, *name: asked.append(codes) or [])
+    fmt = Format.parse("[-1 -0.61 -0.33 0.009 0.28 0.61 1] g64")
+    notices.say_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "qft"):
+        choose(Problem("matmul", fmt, "cpu", torch.float32, 1))
+    assert asked == [dict.fromkeys(native.instruction_sets(), fmt.code)]
+    assert caplog.messages == []
+
+
+def test_compiling_leaves_out_a_gpu_that_is_too_old(pretend_gpu, monkeypatch):
+    pretend_gpu((7, 5), ())
+    monkeypatch.setenv("PATH", "")
+    assert qft.compile("nf4 g64") == list(native.instruction_sets())
+
+
 def test_cuda_kernels_refuse_tensors_of_the_cpu():
     if ("levels4", "cuda") not in native.tables():
         pytest.skip("qft was built without nvcc")
