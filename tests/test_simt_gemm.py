@@ -8,7 +8,7 @@ import pytest
 import torch
 from simt.build import SCHEDULES, build
 from simt.launch import aligned, launch
-from simt.variants import WRONG, Bug, write_variants
+from simt.variants import WRONG, Bug, assert_right_in_every_schedule, verdict_on, write_variants
 
 pytestmark = pytest.mark.emulator
 
@@ -111,21 +111,12 @@ class Problem:
 def test_gemm_is_right_and_the_same_in_every_schedule(library, shape, b_by_k):
     m, n, k = shape
     problem = Problem(m, -(-n // 8) * 8 if b_by_k else n, k, b_by_k)  # rows of B start at multiples of 16 bytes
-    results = []
-    for schedule in SCHEDULES.values():
-        library.configure(**schedule)
-        result, error = problem.run(library, int(b_by_k))
-        assert error is None
-        assert problem.is_right(result)
-        results.append(result)
-    assert all(np.array_equal(results[0], result) for result in results)
+    assert_right_in_every_schedule(library, problem, int(b_by_k))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_a_planted_bug_is_caught(library, bug, schedule):
     problem = Problem(100, 72, 168, bug.flag)
-    library.configure(**SCHEDULES[schedule])
-    result, error = problem.run(library, 2 + BUGS.index(bug))
-    verdict = error or ("right" if problem.is_right(result) else WRONG)
+    verdict = verdict_on(library, problem, 2 + BUGS.index(bug), schedule)
     assert re.search(bug.verdict, verdict), verdict

@@ -12,7 +12,7 @@ import torch
 from simt import cute
 from simt.build import SCHEDULES, build
 from simt.launch import aligned, launch
-from simt.variants import WRONG, Bug, write_variants
+from simt.variants import WRONG, Bug, assert_right_in_every_schedule, verdict_on, write_variants
 
 pytestmark = pytest.mark.emulator
 
@@ -412,21 +412,12 @@ class Problem:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_kernel_is_right_and_the_same_in_every_schedule(library, shape, backward):
     problem = Problem(*shape, backward)
-    results = []
-    for schedule in SCHEDULES.values():
-        library.configure(**schedule)
-        result, error = problem.run(library, int(backward))
-        assert error is None
-        assert problem.is_right(result)
-        results.append(result)
-    assert all(np.array_equal(results[0], result) for result in results)
+    assert_right_in_every_schedule(library, problem, int(backward))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_a_planted_bug_is_caught(library, bug, schedule):
     problem = Problem(100, 264, 72, True) if bug.flag else Problem(100, 72, 264, False)  # five steps of K
-    library.configure(**SCHEDULES[schedule])
-    result, error = problem.run(library, 2 + BUGS.index(bug))
-    verdict = error or ("right" if problem.is_right(result) else WRONG)
+    verdict = verdict_on(library, problem, 2 + BUGS.index(bug), schedule)
     assert re.search(bug.verdict, verdict), verdict

@@ -3,6 +3,10 @@
 
 #include "qft/format.h"
 
+// The text of what a macro stands for: QFT_STRING(QFT_ISA) is the name of the instruction set compiled for.
+#define QFT_STRING_(x) #x
+#define QFT_STRING(x) QFT_STRING_(x)
+
 namespace qft {
 
 // Where a verb runs: on CPU threads, or on a CUDA device in a stream of the caller's.

@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--nvcc", default="nvcc", help="the compiler that the flags for cuda are for")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    lists = [f"set(QFT_FLAGS {' '.join(FLAGS)})", f"set(QFT_ISAS {' '.join(arguments.isa)})"]
+    lists = [f"set(QFT_FLAGS {' '.join(FLAGS)})"]
     for isa in arguments.isa:
         names = []
         for code in built_codes(isa):

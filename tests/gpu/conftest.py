@@ -8,10 +8,6 @@ import torch
 HERE = Path(__file__).parent
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
-
-
 def pytest_collection_modifyitems(items):
     here = [item for item in items if HERE in item.path.parents]
     absent = pytest.mark.skip(reason="needs a CUDA device; torch sees none")

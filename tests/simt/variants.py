@@ -7,6 +7,10 @@ and so on, where the flag is the template argument that a variant is compiled wi
 import dataclasses
 from pathlib import Path
 
+import numpy as np
+
+from .build import SCHEDULES
+
 WRONG = "a wrong result and no report"
 
 
@@ -41,3 +45,22 @@ def write_variants(sample: Path, header: str, bugs: list[Bug], folder: Path) -> 
     entries = " ".join(f"X({number}, {str(flag).lower()})" for number, (_, _, flag) in enumerate(variants))
     lines.append(f"#define {sample.stem.upper()}_VARIANTS(X) {entries}")
     (folder / f"{sample.stem}_variants.h").write_text("\n".join(lines) + "\n")
+
+
+def assert_right_in_every_schedule(library, problem, variant: int) -> None:
+    """`problem.run(library, variant)` gives a result and the emulator's complaint: none, and always the same bits."""
+    results = []
+    for schedule in SCHEDULES.values():
+        library.configure(**schedule)
+        result, error = problem.run(library, variant)
+        assert error is None
+        assert problem.is_right(result)
+        results.append(result)
+    assert all(np.array_equal(results[0], result) for result in results)
+
+
+def verdict_on(library, problem, variant: int, schedule: str) -> str:
+    """What the emulator reports under a schedule; without a report, whether the result is right."""
+    library.configure(**SCHEDULES[schedule])
+    result, error = problem.run(library, variant)
+    return error or ("right" if problem.is_right(result) else WRONG)

@@ -10,8 +10,6 @@
 #include "qft/launch.h"
 
 // clang-format off: it would put spaces into the path
-#define QFT_STRING_(x) #x
-#define QFT_STRING(x) QFT_STRING_(x)
 #define QFT_ISA_HEADER_(set) QFT_STRING(qft/cpu/isa/set.h)
 #define QFT_ISA_HEADER(set) QFT_ISA_HEADER_(set)
 // clang-format on

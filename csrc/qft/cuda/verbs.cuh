@@ -11,9 +11,6 @@
 #include "qft/cuda/zero_scale_grad.cuh"
 #include "qft/launch.h"
 
-#define QFT_STRING_(x) #x
-#define QFT_STRING(x) QFT_STRING_(x)
-
 namespace qft::QFT_ISA {
 
 template <class F>
