@@ -9,6 +9,7 @@ import pytest
 import tiny_lm
 
 from qft import cli
+from qft.cli import app, output
 
 
 @pytest.fixture(autouse=True)
@@ -179,7 +180,7 @@ def test_runs_as_a_module():
 
 
 def test_what_json_cannot_hold_is_null(capsys):
-    cli._print({"loss": math.nan, "list": [math.inf, 1.0], "nested": {"a": -math.inf}}, True, None)
+    output.print_result({"loss": math.nan, "list": [math.inf, 1.0], "nested": {"a": -math.inf}}, True, None)
     assert json.loads(capsys.readouterr().out) == {"loss": None, "list": [None, 1.0], "nested": {"a": None}}
 
 
@@ -187,7 +188,7 @@ def test_a_message_of_several_lines_is_one(monkeypatch, run):
     def fail(**_):
         raise ValueError("first line\n  second line")
 
-    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(app, "app", fail)
     assert run("info") == (2, "", "qft: first line second line\n")
 
 
@@ -195,7 +196,7 @@ def test_an_interrupt_says_so(monkeypatch, run):
     def interrupt(**_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "app", interrupt)
+    monkeypatch.setattr(app, "app", interrupt)
     assert run("info") == (130, "", "qft: interrupted\n")
 
 

@@ -1,0 +1,10 @@
+"""The `qft` command, one file per subcommand.
+
+Results go to stdout, as a table or as JSON; progress and errors go to stderr. torch and transformers are imported by
+the commands that need them.
+"""
+
+from . import demo, evaluate, explain, finetune, generate, info, quantize
+from .app import main
+
+__all__ = ["demo", "evaluate", "explain", "finetune", "generate", "info", "main", "quantize"]

@@ -1,0 +1,19 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[Path, typer.Argument(help="A directory written by save_pretrained, or by this command.")]
+Data = Annotated[Path, typer.Option(help="A .txt, or a .jsonl of text, prompt and completion, or messages.")]
+Task = Annotated[Path | None, typer.Option(help="Trained scales to load into the model: a task.safetensors.")]
+Dtype = Annotated[str, typer.Option(help="Of what is not quantized: auto, float32, bfloat16 or float16.")]
+Init = Annotated[str, typer.Option(help="Where the LoRA starts: plain, or loftq, which fits the quantization error.")]
+Alpha = Annotated[float | None, typer.Option(help="LoRA's alpha; left out, the rank.")]
+Iters = Annotated[int, typer.Option(help="LoftQ's alternating steps.")]
+BlockSize = Annotated[int | None, typer.Option(help="Longest row, in tokens; left out, 256 or what the model holds.")]
+BatchSize = Annotated[int, typer.Option(help="Rows per forward pass.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

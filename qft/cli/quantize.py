@@ -1,0 +1,57 @@
+"""qft quantize."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import app
+from .models import described, layers_table
+from .options import Alpha, AsJson, Dtype, Init, Iters, Model
+from .output import print_result, quiet
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="A new directory for the quantized model.")],
+    format: Annotated[str, typer.Option(help="The weight format, for example 'nf4 g64 f32' or 'int3 g128 f16'.")],
+    init: Init = "plain",
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA; 0 attaches none.")] = 0,
+    alpha: Alpha = None,
+    iters: Iters = 5,
+    skip: Annotated[list[str] | None, typer.Option(help="Leave layers of this name dense; can be repeated.")] = None,
+    formats: Annotated[list[str] | None, typer.Option(help="For some: 'lm_head=int8 g64'; can be repeated.")] = None,
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Quantize a model's linear layers and save it."""
+    quiet()
+    from .. import checkpoint
+    from ..io import save
+    from ..job import Start, open_quantized
+    from ..model import report
+    from ..pretrained import is_quantized, load_tokenizer
+
+    checkpoint.refuse_to_overwrite(out)
+    if is_quantized(model):
+        raise ValueError(f"{model} is quantized already; name the dense model")
+    if init == "loftq" and not rank:
+        raise ValueError("init loftq fits a LoRA and there is none; give it a --rank, for example 16")
+    start = time.perf_counter()
+    origin = Start(model, format, init, rank, alpha, iters, dtype=dtype)
+    quantized = open_quantized(origin, bool(rank), skip or [], _by_pattern(formats or []), progress=True)
+    save(quantized, out, tokenizer=load_tokenizer(model) if (model / "tokenizer_config.json").is_file() else None)
+    made = report(quantized)
+    result = {"out": str(out), **described(made), "seconds": round(time.perf_counter() - start, 1)}
+    print_result(result, as_json, layers_table(made))
+
+
+def _by_pattern(words: list[str]) -> dict[str, str]:
+    for word in words:
+        if "=" not in word:
+            raise ValueError(f"--formats {word!r} names no layer; write for example 'lm_head=int8 g64'")
+    return dict(word.split("=", 1) for word in words)
