@@ -1,0 +1,1 @@
+"""Recipes: ways to train a packed model."""
