@@ -1,11 +1,11 @@
-# make demo | test | check | bench | cuda: each sets up .venv by itself. make gpu | gpu-bench: with $(PYTHON) as it is.
+# make demo | test | check | bench | methods | cuda: each sets up .venv by itself. make gpu | gpu-bench: with $(PYTHON) as it is.
 PYTHON ?= python3
 TORCH  := 2.13.0
 PY     := .venv/bin/python
 READY  := .venv/.ready
 SOURCES := $(shell find csrc -type f) $(wildcard qft/compiler/*.py) qft/format.py CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: all demo test check bench cuda gpu gpu-bench clean
+.PHONY: all demo test check bench methods cuda gpu gpu-bench clean
 all: $(READY)
 
 # torch comes first and pinned: any looser request would fetch a build of its own choice.
@@ -33,6 +33,10 @@ check: $(READY)
 
 bench: $(READY)
 	$(PY) -m pytest bench --benchmark-enable --benchmark-only
+
+# The ladder of starting points on the demo model: about four hours of one core, resumable.
+methods: $(READY)
+	$(PY) bench/methods.py --jobs $$(nproc)
 
 # Every CUDA kernel compiled, with what nvcc says of its registers and spills; needs nvcc and no GPU.
 cuda: $(READY)

@@ -121,15 +121,15 @@ def demo(examples: Path, out: Path, progress: Progress | None = None, steps: int
 
     out.mkdir(parents=True, exist_ok=True)
     tell = progress or (lambda what, done, total: None)
-    texts = _texts(examples)
+    material = texts(examples)
     start = time.perf_counter()
-    rows = [_run(method, bits, examples / "stdlib-lm", texts, steps, tell) for method, bits in cases()]
+    rows = [_run(method, bits, examples / "stdlib-lm", material, steps, tell) for method, bits in cases()]
     result = {
         "rows": [asdict(row) for row in rows],
         "steps": steps,
         "rank": RANK,
         "learning_rates": RATES,
-        "tokens": {"train": texts.train.tokens, "new": texts.new.tokens, "own": texts.own.tokens},
+        "tokens": {"train": material.train.tokens, "new": material.new.tokens, "own": material.own.tokens},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "seconds": round(time.perf_counter() - start, 1),
     }
@@ -138,7 +138,8 @@ def demo(examples: Path, out: Path, progress: Progress | None = None, steps: int
     return rows
 
 
-def _texts(examples: Path) -> Texts:
+def texts(examples: Path) -> Texts:
+    """The demo's training rows, and its held-out windows of both domains."""
     tokenizer = load_tokenizer(examples / "stdlib-lm")
     reference, own = examples / "language-reference.txt", examples / "stdlib-held-out.txt"
     train, new = read(reference, tokenizer, BLOCK_SIZE, held_out=HELD_OUT)
@@ -147,7 +148,7 @@ def _texts(examples: Path) -> Texts:
     return Texts(train, Examples(new[:WINDOWS]), Examples(spread), PaddingCollator.of(tokenizer))
 
 
-def _run(method: Method, bits: int, base: Path, texts: Texts, steps: int, tell: Progress) -> Row:
+def _run(method: Method, bits: int, base: Path, material: Texts, steps: int, tell: Progress) -> Row:
     """One case: start, measure, train, measure."""
     what = f"{bits} bits, {NAMES[method]}"
     torch.manual_seed(0)
@@ -157,9 +158,9 @@ def _run(method: Method, bits: int, base: Path, texts: Texts, steps: int, tell: 
     spent = time.perf_counter() - start
 
     def measure(rows: Examples) -> float:
-        return perplexity(model, rows, texts.collate).value
+        return perplexity(model, rows, material.collate).value
 
-    before, own_before = measure(texts.new), measure(texts.own)
+    before, own_before = measure(material.new), measure(material.own)
     recipe = Recipe(
         method="scales" if method == "peqa" else "lora",
         steps=steps,
@@ -168,16 +169,16 @@ def _run(method: Method, bits: int, base: Path, texts: Texts, steps: int, tell: 
         warmup=0.1,
         gradient_checkpointing=False,
     )
-    done = run(model, texts.train, texts.collate, recipe, on_step=lambda at, total, loss: tell(what, at, total))
+    done = run(model, material.train, material.collate, recipe, on_step=lambda at, total, loss: tell(what, at, total))
     return Row(
         method=method,
         bits=bits,
         format=FORMATS.get(bits),
         before=before,
-        after=measure(texts.new),
+        after=measure(material.new),
         own_before=own_before,
-        own_after=measure(texts.own),
-        bytes=_stored_bytes(model),
+        own_after=measure(material.own),
+        bytes=stored_bytes(model),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         seconds=round(spent + done.seconds, 1),
     )
@@ -185,7 +186,7 @@ def _run(method: Method, bits: int, base: Path, texts: Texts, steps: int, tell: 
 
 def _start(model: nn.Module, method: Method, bits: int) -> nn.Module:
     if method == "dense":
-        return _dense_lora(model)
+        return dense_lora(model)
     if method == "peqa":
         quantize_model(model, FORMATS[bits])
     else:
@@ -194,18 +195,19 @@ def _start(model: nn.Module, method: Method, bits: int) -> nn.Module:
     return prepare_for_training(model, gradient_checkpointing=False)
 
 
-def _dense_lora(model: nn.Module) -> nn.Module:
+def dense_lora(model: nn.Module, rank: int = RANK) -> nn.Module:
+    """PEFT's LoRA of scaling 1 on every linear layer of a dense model."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise OSError("the demo compares with PEFT's LoRA on the dense model; run: pip install peft") from None
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for names it has since renamed
         return get_peft_model(model, config)
 
 
-def _stored_bytes(model: nn.Module) -> int:
+def stored_bytes(model: nn.Module) -> int:
     """Size of the model's file with everything that is not quantized in bf16, as the dense model comes."""
     model.to(torch.bfloat16)
     tensors = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}

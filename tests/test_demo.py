@@ -33,7 +33,7 @@ def test_the_texts_are_what_their_script_writes():
 
 
 def test_every_case_reads_the_same_texts_and_none_it_is_measured_on():
-    texts = demo._texts(EXAMPLES)
+    texts = demo.texts(EXAMPLES)
     tokens = 140_303
     assert sum(len(row["labels"]) for row in texts.train) == int(0.85 * tokens)
     assert (len(texts.new), len(texts.own)) == (64, 64)

@@ -1,0 +1,149 @@
+"""docs/ladder.md and its figure, written from bench/results/methods-*.json and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import methods
+from publish import replace_block, table
+
+Rows = Sequence[dict[str, Any]]
+
+
+def publish(root: Path, check: bool = False) -> list[str]:
+    """Bring the page and the figure up to date with the results; what differed, written unless `check`."""
+    rows = methods.read()
+    page, image = root / "docs" / methods.PAGE.name, root / "docs" / methods.FIGURE
+    text = replace_block(page.read_text(), "ladder", body(rows))
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    differing = []
+    if page.read_text() != text:
+        differing.append(str(page.relative_to(root)))
+        if not check:
+            page.write_text(text)
+    if not image.is_file() or digest.encode() not in image.read_bytes():
+        differing.append(str(image.relative_to(root)))
+        if not check:
+            draw(rows, digest, image)
+    return differing
+
+
+def body(rows: Rows) -> str:
+    """The measured part of the page."""
+    parts = [verdicts(rows)]
+    bar = _of(rows, None, "dense", methods.RANK)
+    parts.append(
+        f"Medians of {len(methods.SEEDS)} seeds, least and greatest in brackets. Dense model, LoRA of rank "
+        f"{methods.RANK}: {_spread(bar, 'before')} → {_spread(bar, 'after')} on the new domain, "
+        f"{_spread(bar, 'own_before')} → {_spread(bar, 'own_after')} on its own."
+    )
+    for rank, title in (
+        (methods.RANK, f"LoRA of rank {methods.RANK}"),
+        (methods.LOW_RANK, f"LoRA of rank {methods.LOW_RANK}"),
+        (0, "Scales alone (PEQA)"),
+    ):
+        parts.append(f"### {title}\n\n{ladder(rows, rank)}")
+    return "\n\n".join(parts)
+
+
+def ladder(rows: Rows, rank: int) -> str:
+    """Every format and start at one rank."""
+    dense = _of(rows, None, "dense", rank or methods.RANK)
+    bar = statistics.median(row["after"] for row in dense)
+    lines = []
+    for fmt in methods.FORMATS:
+        for start in dict.fromkeys(row["start"] for row in rows if row["format"] == fmt and row["rank"] == rank):
+            found = _of(rows, fmt, start, rank)
+            over = 100 * (_median(found, "after") / bar - 1)
+            lines.append((
+                f"`{fmt}`", start, _spread(found, "before"), _spread(found, "after"), f"{over:+.1f} %",
+                f"{_median(found, 'own_before'):.2f} → {_median(found, 'own_after'):.2f}",
+                f"{_median(found, 'bytes') / 1e6:.2f}", f"{_median(found, 'start_seconds'):.1f}",
+            ))  # fmt: skip
+    head = ("format", "start", "before", "after", "over dense", "own domain", "stored MB", "start, s")
+    return table(head, lines)
+
+
+def verdicts(rows: Rows) -> str:
+    """What the ladder was asked, and what it says."""
+    said = []
+    asked = ("cloq", "qera_exact", "qera_diag", "loftq", "plain")
+    for fmt in [fmt for fmt in methods.FORMATS if fmt.split()[0].endswith("2")]:
+        found = {start: _median(_of(rows, fmt, start, methods.RANK), "before") for start in asked}
+        chain = " < ".join(f"{start} {found[start]:.2f}" for start in sorted(asked, key=lambda s: found[s]))
+        as_asked = sorted(asked, key=lambda s: found[s]) == list(asked)
+        said.append(f"- `{fmt}`, perplexity before tuning: {chain}{'' if as_asked else ' (not the order expected)'}.")
+    for rank in (methods.RANK, methods.LOW_RANK):
+        bar = _median(_of(rows, None, "dense", rank), "after")
+        small = [row for row in rows if row["rank"] == rank and row["bits"] and row["bits"] <= 2.25]
+        names = {(row["format"], row["start"]) for row in small}
+        best = min(names, key=lambda name: _median(_of(rows, *name, rank), "after"))
+        after = _median(_of(rows, *best, rank), "after")
+        said.append(
+            f"- After tuning at rank {rank}, at most 2.25 stored bits: best is `{best[0]}` from {best[1]}, "
+            f"{after:.2f}, {100 * (after / bar - 1):+.2f} % over dense LoRA's {bar:.2f}."
+        )
+    return "\n".join(said)
+
+
+def _of(rows: Rows, fmt: str | None, start: str, rank: int) -> list[dict[str, Any]]:
+    found = [row for row in rows if (row["format"], row["start"], row["rank"]) == (fmt, start, rank)]
+    if not found:
+        raise ValueError(f"bench/results holds no run of {fmt}, {start}, rank {rank}; run python bench/methods.py")
+    return found
+
+
+def _median(rows: Rows, name: str) -> float:
+    return statistics.median(row[name] for row in rows)
+
+
+def _spread(rows: Rows, name: str) -> str:
+    values = [row[name] for row in rows]
+    if max(values) - min(values) < 0.005:
+        return f"{values[0]:.2f}"
+    return f"{statistics.median(values):.2f} ({min(values):.2f} .. {max(values):.2f})"
+
+
+def draw(rows: Rows, digest: str, path: Path) -> None:
+    """Perplexity against stored bits, a line per start, before and after tuning; the PNG names its results."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    figure = Figure(figsize=(10.5, 4.6), dpi=130, layout="constrained")
+    for axis, name, title in zip(
+        figure.subplots(1, 2),
+        ("before", "after"),
+        ("Before tuning", f"After {methods.STEPS} steps, rank 16"),
+        strict=True,
+    ):
+        for start, color in methods.COLORS.items():
+            points = []
+            for fmt in methods.FORMATS:
+                if fmt.split()[0] in ("nf4", "nf3", "lm2"):
+                    found = _of(rows, fmt, start, methods.RANK)
+                    points.append((_median(found, "bits"), _median(found, name)))
+            axis.plot(*zip(*sorted(points), strict=True), "o-", color=color, label=start, markersize=4, linewidth=1.4)
+        for fmt, marker in (("nf2 g64 f16", "v"), ("int2 g64 f16", "s")):
+            for start, color in methods.COLORS.items():
+                found = _of(rows, fmt, start, methods.RANK)
+                axis.plot([_median(found, "bits") + (0.06 if marker == "v" else 0.12)], [_median(found, name)],
+                          marker, color=color, markersize=5, markerfacecolor="none")  # fmt: skip
+        dense = _median(_of(rows, None, "dense", methods.RANK), name)
+        axis.axhline(dense, color="#555555", linewidth=0.8, linestyle=(0, (4, 3)))
+        axis.set_yscale("log")
+        low, high = axis.get_ylim()
+        marks = [m for m in (29, 30, 31, 32, 34, 36, 40, 45, 50, 60, 80, 100, 140) if low < m < high]
+        axis.yaxis.set_major_locator(FixedLocator(marks))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_title(f"{title}: perplexity on the new domain", loc="left", fontsize=10)
+        axis.set_xlabel("stored bits per weight (lines: nf4, nf3, lm2; beside lm2: ▽ nf2, □ int2)", fontsize=9)
+        axis.grid(color="#EEEEEE")
+    axis.legend(fontsize=8, title="start; dashed: dense", title_fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Source": digest})
