@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from . import manifest as manifests
 from . import tensor_file
+from .adapters.adapted import AdaptedLinear
 from .adapters.scales import remember_scale, remembered_scale, rounded, rounding_error
 from .files import digest, replace_files, settle
 from .format import FormatError
@@ -147,13 +148,12 @@ def _rounded_twin(layer: QuantLinear, path: str) -> QuantLinear:
 
 def _describe(layer: QuantLinear, path: str) -> Layer:
     if type(layer) not in (QuantLinear, FloatFacingQuantLinear):
-        raise TypeError(
-            f"{path} is a {type(layer).__name__}; qft.save knows QuantLinear itself, convert the layer first"
-        )
+        way_out = layer.way_to_save if isinstance(layer, AdaptedLinear) else "convert the layer first"
+        raise TypeError(f"{path} is a {type(layer).__name__}; qft.save knows QuantLinear itself, {way_out}")
     lora = None
     if layer.lora_rank:
         dropout = float(getattr(layer.lora_dropout, "p", 0.0))
-        lora = Lora(layer.lora_rank, float(layer.lora_alpha), float(layer.lora_scaling), dropout)
+        lora = Lora(layer.lora_rank, float(layer.lora_alpha), float(layer.lora_scaling), dropout, layer.lora_pooled)
     return Layer(
         format=layer.format,
         shape=(layer.out_features, layer.in_features),
@@ -344,13 +344,11 @@ def _linear_shape(module: nn.Module) -> tuple[int, ...] | None:
 def _without_values(entry: Layer) -> QuantLinear:
     out, in_features = entry.shape
     layer = QuantLinear(in_features, out, entry.format, bias=entry.bias, device="meta")
-    if entry.lora:
-        a, b = (
-            torch.empty(entry.lora.rank, in_features, device="meta"),
-            torch.empty(out, entry.lora.rank, device="meta"),
-        )
-        layer.add_lora(entry.lora.rank, entry.lora.alpha, entry.lora.dropout, A=a, B=b)
-        layer.lora_scaling = entry.lora.scaling
+    if lora := entry.lora:
+        width = entry.format.groups(in_features) if lora.pooled else in_features
+        a, b = torch.empty(lora.rank, width, device="meta"), torch.empty(out, lora.rank, device="meta")
+        layer.add_lora(lora.rank, lora.alpha, lora.dropout, A=a, B=b, pooled=lora.pooled)
+        layer.lora_scaling = lora.scaling
     remember_scale(layer, entry.stored_scale)
     layer.init_errors, layer.dense_nbytes = entry.errors, entry.dense_nbytes or 0
     return layer

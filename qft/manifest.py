@@ -21,12 +21,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA as `QuantLinear.add_lora` attaches it; `scaling` multiplies B A."""
+    """A LoRA as `QuantLinear.add_lora` attaches it; `scaling` multiplies B A; `pooled` is QA-LoRA's."""
 
     rank: int
     alpha: float
     scaling: float
     dropout: float
+    pooled: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def _layer(entry: dict[str, Any]) -> Layer:
         format=fmt,
         shape=(out, in_features),
         bias=_is(bool, entry["bias"]),
-        lora=None if lora is None else _lora(lora, min(out, in_features)),
+        lora=None if lora is None else _lora(lora, fmt, (out, in_features)),
         faces=faces,
         stored_scale=replace(fmt, scale=_is(str, entry["stored_scale"])).scale,
         errors=tuple(_finite(error) for error in entry["errors"]),
@@ -169,12 +170,12 @@ def _layer(entry: dict[str, Any]) -> Layer:
     )
 
 
-def _lora(entry: dict[str, Any], most: int) -> Lora:
+def _lora(entry: dict[str, Any], fmt: Format, shape: tuple[int, int]) -> Lora:
     rank = _is(int, entry["rank"])
-    if not 1 <= rank <= most:
-        raise ValueError(rank)
-    lora = Lora(rank, _finite(entry["alpha"]), _finite(entry["scaling"]), _finite(entry["dropout"]))
-    if lora.alpha <= 0 or not 0 <= lora.dropout < 1:
+    alpha, scaling, dropout = (_finite(entry[name]) for name in ("alpha", "scaling", "dropout"))
+    lora = Lora(rank, alpha, scaling, dropout, _is(bool, entry.get("pooled", False)))
+    most = min(shape[0], fmt.groups(shape[1]) if lora.pooled else shape[1])
+    if not 1 <= rank <= most or lora.alpha <= 0 or not 0 <= lora.dropout < 1 or (lora.pooled and not fmt.is_integer):
         raise ValueError(lora)
     return lora
 

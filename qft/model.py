@@ -20,9 +20,9 @@ from .nn import FloatFacingQuantLinear, QuantLinear
 from .notices import say_once
 from .tensor import QuantTensor, quantize
 
+ANY_FORMAT = Format("nf4", 64)  # stands for the format of a layer that stays dense
 StepCallback = Callable[[str, int, float], None]
 Start = Callable[..., tuple[QuantTensor, Tensor, Tensor]]
-STARTS = ("plain", "loftq")
 
 
 @dataclass(frozen=True)
@@ -89,19 +89,19 @@ class _Target:
 
     @property
     def weight(self) -> Tensor:
-        """`[out, in]`; GPT-2's Conv1D stores the transpose."""
-        weight: Tensor = self.module.weight
-        return weight.T if _is_conv1d(self.module) else weight
+        """`[out, in]`."""
+        return weight_of(self.module)
 
 
 def quantize_model(
     model: nn.Module,
-    fmt: Format | str,
+    fmt: Format | str | None,
     init: str | Start = "plain",
     rank: int = 0,
     alpha: float | None = None,
     *,
     iters: int = 5,
+    calibration: Mapping[str, Tensor] | None = None,
     dropout: float = 0.0,
     rslora: bool = False,
     skip: Iterable[str] = (),
@@ -116,12 +116,14 @@ def quantize_model(
     whose parent reads `layer.weight` itself.
 
     Args:
-        fmt: format of every layer that `formats` does not name.
-        init: where codes and adapters start: "plain" (QLoRA: quantize, B = 0), "loftq", or a function called as
-            init(weight, fmt, rank, alpha=alpha) that returns what `qft.loftq` does.
+        fmt: format of every layer that `formats` does not name; None leaves them dense.
+        init: where codes and adapters start: a name of `qft.init.NEEDS`, such as "plain" (QLoRA: quantize, B = 0), or a
+            function called as init(weight, fmt, rank, alpha=alpha), with second_moment=S where there is a calibration,
+            that returns what those do.
         rank: of the attached LoRA; 0 attaches none. A layer with fewer features than that takes what it can hold.
         alpha, dropout, rslora: as in `QuantLinear.add_lora`.
         iters: steps of "loftq".
+        calibration: E[x xᵀ] of each layer's inputs by path, as `qft.calibrate` measures it, for starts that use it.
         skip: layers to leave dense, each a path, a last name ("lm_head") or a glob over paths ("*.mlp.*").
         formats: formats by such a pattern; the first that matches wins.
         progress: draw a progress bar with the time left on stderr.
@@ -132,14 +134,23 @@ def quantize_model(
 
     Raises:
         FormatError: a spelling is no format.
-        ValueError: nothing is left to quantize, a pattern names no layer, or a weight is not finite; then no layer is
-            replaced.
+        ValueError: nothing is left to quantize, a pattern names no layer, a weight is not finite, or the start needs a
+            calibration and there is none, or none of a layer; then no layer is replaced.
     """
-    if not callable(init) and init not in STARTS:
-        raise ValueError(f"init={init!r} is unknown; use one of {', '.join(STARTS)}, or a function like qft.loftq")
-    targets = _find_targets(
-        model, Format.parse(fmt), tuple(skip), {k: Format.parse(v) for k, v in (formats or {}).items()}
+    if not callable(init) and init not in starts.NEEDS:
+        raise ValueError(f"init={init!r} is unknown; use one of {', '.join(starts.NEEDS)}, or a function like them")
+    if not callable(init) and starts.NEEDS[init] != "none" and calibration is None:
+        measure = "calibration=qft.calibrate(model, rows, collate)"
+        raise ValueError(f"init={init!r} needs the layers' activations; pass {measure}")
+    found = _find_targets(
+        model,
+        None if fmt is None else Format.parse(fmt),
+        tuple(skip),
+        {k: Format.parse(v) for k, v in (formats or {}).items()},
     )
+    for target, reason in found:
+        target.module.qft_reason = reason
+    targets = [target for target, reason in found if not reason]
     if rank < 0:
         raise ValueError(f"rank={rank} is negative; 0 attaches no adapter")
     if not targets:
@@ -149,8 +160,10 @@ def quantize_model(
     for target in targets:  # before the first layer is replaced, so that a refusal leaves the model as it was
         if not target.weight.isfinite().all():
             quantize(target.weight, target.fmt, name=f"{target.path}.weight")
+        if calibration is not None and target.path not in calibration:
+            raise ValueError(f"the calibration holds nothing of {target.path}; calibrate this model, or skip the layer")
     shared: dict[tuple[int, Format], QuantLinear] = {}
-    with _bar(progress, len(targets)) as advance:
+    with bar(progress, len(targets)) as advance:
         for target in targets:
             key = (id(target.module.weight), target.fmt)
             errors: list[float] = []
@@ -164,7 +177,7 @@ def quantize_model(
             if key in shared:
                 layer = _share(shared[key], target.module.bias)
             else:
-                layer = _quantized(target, init, rank, alpha, iters, dropout, rslora, step)
+                layer = _quantized(target, init, rank, alpha, iters, calibration, dropout, rslora, step)
                 shared[key] = layer
             layer.init_errors, layer.dense_nbytes = tuple(errors), dense_bytes
             layer.train(target.module.training)
@@ -186,6 +199,7 @@ def _quantized(
     rank: int,
     alpha: float | None,
     iters: int,
+    calibration: Mapping[str, Tensor] | None,
     dropout: float,
     rslora: bool,
     step: Any,
@@ -198,12 +212,13 @@ def _quantized(
         )
     alpha = float(rank if alpha is None else alpha)
     folded = alpha * held**0.5 if rslora else alpha  # a start folds alpha / rank: this makes it alpha / sqrt(rank)
+    moment = {} if calibration is None else {"second_moment": calibration[target.path].to(weight.device)}
     if callable(init):
-        q, a, b = init(weight, target.fmt, held, alpha=folded)
-    elif init == "loftq":
-        q, a, b = starts.loftq(weight, target.fmt, held, iters, folded if held else None, on_step=step, name=name)
+        q, a, b = init(weight, target.fmt, held, alpha=folded, **moment)
     else:
-        q, a, b = starts.plain(weight, target.fmt, held, name=name)
+        options: dict[str, Any] = {"plain": {}, "loftq": {"iters": iters, "on_step": step}}.get(init, moment)
+        start: Start = getattr(starts, init)
+        q, a, b = start(weight, target.fmt, held, alpha=folded if held else None, name=name, **options)
     layer = QuantLinear.from_quantized(q, target.module.bias)
     if held:
         layer.add_lora(held, alpha, dropout, rslora, a, b)
@@ -250,12 +265,35 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or _is_conv1d(module)
 
 
+def quantizable(model: nn.Module, skip: Iterable[str] = (), include: Iterable[str] = ()) -> dict[str, nn.Module]:
+    """The layers `quantize_model` would replace, by path; the model is only looked at.
+
+    Args:
+        skip: patterns as in `quantize_model`.
+        include: patterns of layers that are left dense unless `formats` names them, such as the output head.
+
+    Raises:
+        ValueError: a pattern names no layer.
+    """
+    found = _find_targets(model, ANY_FORMAT, tuple(skip), dict.fromkeys(include, ANY_FORMAT))
+    return {target.path: target.module for target, reason in found if not reason}
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a linear module as `[out, in]`; GPT-2's Conv1D stores the transpose."""
+    weight = cast(Tensor, module.weight)
+    return weight.T if _is_conv1d(module) else weight
+
+
 def _output_head(model: nn.Module) -> nn.Module | None:
     getter: Any = getattr(model, "get_output_embeddings", None)
     return getter() if callable(getter) else None
 
 
-def _find_targets(model: nn.Module, fmt: Format, skip: tuple[str, ...], formats: dict[str, Format]) -> list[_Target]:
+def _find_targets(
+    model: nn.Module, fmt: Format | None, skip: tuple[str, ...], formats: dict[str, Format]
+) -> list[tuple[_Target, str]]:
+    """Every linear layer that is not quantized yet, and why it is left dense; no reason where it is to be replaced."""
     places: dict[int, list[tuple[nn.Module, str, str]]] = {}
     for parent_path, parent in model.named_modules():
         for name, child in parent._modules.items():
@@ -274,18 +312,18 @@ def _find_targets(model: nn.Module, fmt: Format, skip: tuple[str, ...], formats:
                 f"{pattern!r} names no linear layer of {type(model).__name__}; its layers are {_examples(paths)}"
             )
 
-    head, targets = _output_head(model), []
+    head, found = _output_head(model), []
     for path, module in model.named_modules():
         if not (isinstance(module, nn.Linear) or _is_conv1d(module)) or isinstance(module, QuantLinear):
             continue
         here = tuple((parent, name) for parent, name, _ in places.get(id(module), ()))
         named = next((f for pattern, f in formats.items() if matches(path, pattern)), None)
-        target = _Target(path, module, named or fmt, here)
+        target = _Target(path, module, named or fmt or ANY_FORMAT, here)
         reason = _reason_to_skip(target, module is head, named is not None, skip, owners, model)
-        module.qft_reason = reason
-        if not reason:
-            targets.append(target)
-    return targets
+        if not (reason or named or fmt):
+            reason = "not named in formats"
+        found.append((target, reason))
+    return found
 
 
 def _reason_to_skip(
@@ -340,8 +378,8 @@ def _examples(paths: list[str]) -> str:
 
 
 @contextmanager
-def _bar(wanted: bool, total: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar over layers; yields the function that moves it on."""
+def bar(wanted: bool, total: int, what: str = "quantizing") -> Iterator[Callable[[str], None]]:
+    """A progress bar over layers; yields the function that moves it on and says where it is."""
     if not wanted:
         yield lambda path: None
         return
@@ -349,9 +387,9 @@ def _bar(wanted: bool, total: int) -> Iterator[Callable[[str], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("quantizing", total=total)
-        yield lambda path: bar.update(task, advance=1, description=path)
+    with Progress(*columns, console=Console(stderr=True)) as drawn:
+        task = drawn.add_task(what, total=total)
+        yield lambda path: drawn.update(task, advance=1, description=path)
 
 
 # ------------------------------------------------------------------------------------------------ reports
@@ -386,7 +424,7 @@ def report(model: nn.Module) -> Report:
 def prepare_for_training(model: nn.Module, gradient_checkpointing: bool = True) -> nn.Module:
     """Make a quantized model ready to train its adapters or scales; nothing is cast to fp32.
 
-    Parameters that are neither a QuantLinear's LoRA nor already-trainable scales or zeros are frozen. Gradient
+    Parameters that are neither a QuantLinear's adapter nor already-trainable scales or zeros are frozen. Gradient
     checkpointing is switched on (non-reentrant) where the model offers it, and inputs are made to require gradients.
     The first training forward checks that a gradient can flow; after the first backward, parameters that none reached
     are named once.
@@ -422,12 +460,14 @@ class _GradientCheck:
     def __init__(self, model: nn.Module) -> None:
         self.reached: set[int] = set()
         self.seen_forward = False
-        self.hooks = [model.register_forward_hook(self._after_forward)]
+        self.hooks = [model.register_forward_hook(self._after_forward, with_kwargs=True)]
 
-    def _after_forward(self, model: nn.Module, inputs: Any, output: Any) -> None:
+    def _after_forward(self, model: nn.Module, inputs: Any, given: Mapping[str, Any], output: Any) -> None:
         if not (model.training and torch.is_grad_enabled()):
             return
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not trainable and any(given.get(name) is not None for name in ("inputs_embeds", "past_key_values")):
+            return  # a prompt or prefix of PEFT's, which trains outside the model
         if not trainable:
             raise ValueError(
                 f"nothing in {type(model).__name__} trains; attach a LoRA or call qft.train_only(model, 'scales')"

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import kernels, ops
-from .format import DQ_BLOCK, ZERO_DTYPE, Format, FormatError
+from .format import DQ_BLOCK, INTEGERS, ZERO_DTYPE, Format, FormatError
+from .import_hook import when_imported
 from .reference import TORCH_DTYPE
 from .tensor import STORED, QuantTensor, quantize
 
+_INTEGERS = f"quantize to {', '.join(INTEGERS)}"
 _ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -22,8 +25,8 @@ class QuantLinear(nn.Linear):
 
     Parameters, named as in a file: `weight` uint8 `[out, row_bytes]` (frozen codes), `weight_scales` `[out, groups]`,
     `weight_zeros` `[out, groups]` for asymmetric formats, `weight_scales_absmax` and `weight_scales_offset` under dq,
-    `bias` `[out]`, and after `add_lora` `lora_A` `[rank, in]` and `lora_B` `[out, rank]`. The buffer `weight_format`
-    holds the format's spelling as uint8 text, so that a state_dict says what its bytes mean.
+    `bias` `[out]`, and after `add_lora` `lora_A` `[rank, in]` (`[rank, groups]` if pooled) and `lora_B` `[out, rank]`.
+    The buffer `weight_format` holds the format's spelling as uint8 text, so that a state_dict says what its bytes mean.
 
     Takes floating input of any dtype and returns that dtype; under autocast it behaves as nn.Linear does. `.to(dtype)`,
     `.half()` and `.bfloat16()` change bias and LoRA alone: stored codes and scales keep their format.
@@ -38,6 +41,7 @@ class QuantLinear(nn.Linear):
     bias: nn.Parameter | None  # type: ignore[assignment]  # nn.Linear's stub leaves None out
     lora_A: nn.Parameter | None  # noqa: N815  PEFT's names
     lora_B: nn.Parameter | None  # noqa: N815
+    lora_pooled: bool = False  # whether lora_A is [rank, groups] and multiplies sums over groups (adapters.pooled)
     init_errors: tuple[float, ...] = ()  # relative error after each step of the start this layer came from
     dense_nbytes: int = 0  # of the dense weight it came from; 0 where that is not known
     shared_input: Any = None  # the adapters.shared_input.SharedInput that multiplies lora_A for several layers at once
@@ -118,21 +122,29 @@ class QuantLinear(nn.Linear):
         rslora: bool = False,
         A: Tensor | None = None,  # noqa: N803  the factors' names in the literature
         B: Tensor | None = None,  # noqa: N803
+        pooled: bool = False,
     ) -> None:
         """Attach trainable factors (LoRA, Hu et al. 2021, section 4).
 
         Args:
-            rank: r, columns of B and rows of A, 1 <= r <= min(in, out).
+            rank: r, columns of B and rows of A, 1 <= r <= min(in, out), or min(groups, out) with `pooled`.
             alpha: the product is scaled by alpha / r, or alpha / sqrt(r) with `rslora`; None is r, a scaling of 1.
             dropout: of the factors' input, in [0, 1).
             A, B: starting values `[r, in]`, `[out, r]`; without them A is Kaiming-uniform and B zero, the identity.
+            pooled: QA-LoRA (Xu et al. 2023, section 3.3): A is `[r, groups]` and multiplies x summed over each group of
+                the weight, so that scaling * B A is one number per scale and `qft.merge_pooled` can put it into the
+                zero points. A starts as large as LoRA's, whose entries it repeats.
 
         Raises:
             ValueError: a LoRA is attached already, or an argument is out of its range.
+            FormatError: `pooled` under a codebook, which has no zero points to merge into.
         """
         if self.lora_A is not None:
             raise ValueError(f"a LoRA of rank {self.lora_rank} is attached already; call remove_lora() first")
-        largest = min(self.in_features, self.out_features)
+        if pooled and not self.format.is_integer:
+            raise FormatError(f"{self.format} has no zero points for a pooled LoRA to merge into; {_INTEGERS}")
+        width = self.format.groups(self.in_features) if pooled else self.in_features
+        largest = min(width, self.out_features)
         if not (isinstance(rank, int) and 1 <= rank <= largest):
             raise ValueError(f"rank={rank} is no whole number in 1..{largest}, what this layer can hold")
         if not 0 <= dropout < 1:
@@ -142,17 +154,19 @@ class QuantLinear(nn.Linear):
             raise ValueError(f"alpha={alpha} must be a positive number")
         device = self.device
         dtype = torch.float32  # whatever the layer's own: half-precision factors do not move at usual learning rates
-        shapes = {"A": (rank, self.in_features), "B": (self.out_features, rank)}
+        shapes = {"A": (rank, width), "B": (self.out_features, rank)}
         for factor, value in (("A", A), ("B", B)):
             if value is not None and tuple(value.shape) != shapes[factor]:
                 raise ValueError(f"{factor} has shape {tuple(value.shape)}, rank {rank} needs {shapes[factor]}")
         if A is None:
             A = torch.empty(shapes["A"], device=device)  # noqa: N806
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            bound = self.in_features**-0.5  # Kaiming's for a = sqrt(5)
+            nn.init.uniform_(A, -bound, bound)
         if B is None:
             B = torch.zeros(shapes["B"], device=device)  # noqa: N806
         self.lora_A = nn.Parameter(A.detach().to(device, dtype, copy=True))  # the caller's factors must not train along
         self.lora_B = nn.Parameter(B.detach().to(device, dtype, copy=True))
+        self.lora_pooled = pooled
         self.lora_alpha = alpha
         self.lora_scaling = alpha / (math.sqrt(rank) if rslora else rank)
         self.lora_dropout = (nn.Dropout(dropout) if dropout else nn.Identity()).train(self.training)
@@ -160,6 +174,7 @@ class QuantLinear(nn.Linear):
     def remove_lora(self) -> None:
         """Detach the LoRA, leaving the base as it is."""
         self.lora_A = self.lora_B = None
+        self.lora_pooled = False
         self.lora_alpha = self.lora_scaling = 0.0
         self.lora_dropout = nn.Identity()
 
@@ -172,10 +187,7 @@ class QuantLinear(nn.Linear):
             TypeError: x is not fp32, bf16, fp16 or fp64.
             ValueError: x's last dimension is not in_features, or x and the weight are on different devices.
         """
-        self._check(x)
-        given, device = x, x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device))
+        given, x = x, self._activations(x)
         flat = x.reshape(-1, self.in_features)
         y = ops.matmul(flat, self.quant_tensor)
         if self.bias is not None:
@@ -189,6 +201,8 @@ class QuantLinear(nn.Linear):
         dtype = kernels.product_dtype(x.dtype, x.device.type)
         x = self.lora_dropout(x).to(dtype)
         low = None if self.shared_input is None else self.shared_input.low(self, given, x)
+        if self.lora_pooled:
+            x = self._pool(x)
         if low is None:
             low = nn.functional.linear(x, a.to(dtype))
         b = (b * self.lora_scaling).to(dtype)
@@ -201,7 +215,13 @@ class QuantLinear(nn.Linear):
         scales = self._parameters["weight_scales"]
         return self.bias is None and self.format.group == 0 and scales is not None and scales.requires_grad
 
-    def _check(self, x: Tensor) -> None:
+    def _pool(self, x: Tensor) -> Tensor:
+        """x `[rows, in]` summed over each group of the weight: `[rows, groups]`."""
+        size, groups = self.format.group_size(self.in_features), self.format.groups(self.in_features)
+        return nn.functional.pad(x, (0, groups * size - self.in_features)).unflatten(1, (groups, size)).sum(2)
+
+    def _activations(self, x: Tensor) -> Tensor:
+        """x, checked, in the dtype that the product takes it in: autocast's under autocast."""
         if x.dtype not in _ACTIVATIONS:
             raise TypeError(f"QuantLinear got {x.dtype} input; convert it with .float() or .bfloat16()")
         if x.shape[-1:] != (self.in_features,):
@@ -209,6 +229,10 @@ class QuantLinear(nn.Linear):
             raise ValueError(f"input has shape {tuple(x.shape)}; {wanted}")
         if x.device != self.device:
             raise ValueError(f"input is on {x.device}, the weight on {self.device}; move one of them")
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            return x.to(torch.get_autocast_dtype(device))
+        return x
 
     # -------------------------------------------------------------------------------------------------- nn.Module
 
@@ -237,7 +261,8 @@ class QuantLinear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        lora = f", lora_rank={self.lora_rank}, lora_alpha={self.lora_alpha:g}" if self.lora_rank else ""
+        pooled = ", pooled" if self.lora_pooled else ""
+        lora = f", lora_rank={self.lora_rank}, lora_alpha={self.lora_alpha:g}{pooled}" if self.lora_rank else ""
         return f"{self.in_features}, {self.out_features}, {self.format}, bias={self.bias is not None}{lora}"
 
 
@@ -261,6 +286,11 @@ class FloatFacingQuantLinear(QuantLinear):
     def weight(self) -> Tensor:  # type: ignore[override]
         return self.dense_dtype
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and value is self.dense_dtype:
+            return  # PEFT, when it takes an adapter off, writes the weight that it has just read
+        super().__setattr__(name, value)
+
 
 def _empty(fmt: Format, out: int, in_features: int, device: torch.device | str | None) -> QuantTensor:
     """A weight of zeros codes and zero scales, to be loaded into."""
@@ -275,3 +305,6 @@ def _empty(fmt: Format, out: int, in_features: int, device: torch.device | str |
         return QuantTensor(fmt, (out, in_features), codes, make(out, groups, dtype=TORCH_DTYPE[fmt.scale]), zeros)
     absmax, offset = make(math.ceil(out * groups / DQ_BLOCK), dtype=torch.float32), make(1, dtype=torch.float32)
     return QuantTensor(fmt, (out, in_features), codes, make(out, groups, dtype=torch.uint8), zeros, absmax, offset)
+
+
+when_imported("peft", lambda: import_module(".integrations.peft", __package__))  # installs itself

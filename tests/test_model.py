@@ -173,7 +173,9 @@ def test_formats_and_skip_by_pattern() -> None:
     [
         ({"skip": ["no_such"]}, "'no_such' names no linear layer"),
         ({"formats": {"no_such": "nf4 g64"}}, "'no_such' names no linear layer"),
-        ({"init": "lofq"}, "init='lofq' is unknown; use one of plain, loftq"),
+        ({"init": "lofq"}, "init='lofq' is unknown; use one of plain, search, loftq"),
+        ({"init": "cloq", "rank": 4}, "init='cloq' needs the layers' activations; pass calibration=qft.calibrate"),
+        ({"init": "cloq", "calibration": {}}, "the calibration holds nothing of "),
         ({"rank": -1}, "rank=-1 is negative"),
         ({"skip": ["*"]}, "holds no linear layer to quantize"),
         ({"fmt": "nf5 g64"}, "nearest is 'nf4 g64 f32'"),

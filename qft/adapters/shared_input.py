@@ -63,7 +63,7 @@ class SharedInput:
 
 
 def _can_share(layer: QuantLinear) -> bool:
-    return layer.lora_A is not None and isinstance(layer.lora_dropout, nn.Identity)
+    return layer.lora_A is not None and not layer.lora_pooled and isinstance(layer.lora_dropout, nn.Identity)
 
 
 def share_inputs(model: nn.Module, *args: Any, **kwargs: Any) -> int:

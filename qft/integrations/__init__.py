@@ -1,0 +1,1 @@
+"""What qft tells other libraries about its layers when they are imported."""
