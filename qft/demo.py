@@ -76,11 +76,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Texts:
-    """What every run trains on and is measured on."""
+    """What every run trains on and is measured on; `spare` is text of the model's own domain beside the measured."""
 
     train: Examples
     new: Examples
     own: Examples
+    spare: Examples
     collate: PaddingCollator
 
 
@@ -144,8 +145,10 @@ def texts(examples: Path) -> Texts:
     reference, own = examples / "language-reference.txt", examples / "stdlib-held-out.txt"
     train, new = read(reference, tokenizer, BLOCK_SIZE, held_out=HELD_OUT)
     sources, _ = read(own, tokenizer, BLOCK_SIZE)
-    spread = [sources[i * len(sources) // WINDOWS] for i in range(WINDOWS)]  # from all its files, not the first few
-    return Texts(train, Examples(new[:WINDOWS]), Examples(spread), PaddingCollator.of(tokenizer))
+    spread = [i * len(sources) // WINDOWS for i in range(WINDOWS)]  # from all its files, not the first few
+    measured = Examples([sources[i] for i in spread])
+    spare = Examples([row for i, row in enumerate(sources) if i not in set(spread)])
+    return Texts(train, Examples(new[:WINDOWS]), measured, spare, PaddingCollator.of(tokenizer))
 
 
 def _run(method: Method, bits: int, base: Path, material: Texts, steps: int, tell: Progress) -> Row:

@@ -22,6 +22,7 @@ from torch import nn
 
 from . import checkpoint
 from .adapters.scales import save_scales
+from .calibration import Calibration
 from .data import PaddingCollator, read
 from .evaluate import perplexity
 from .finetune import Recipe, finetune
@@ -43,8 +44,10 @@ class Start:
 
     Attributes:
         model: directory of a dense model, or of one qft saved.
-        format: spelling of the weight format, for a dense model; None for a quantized one.
-        init, rank, alpha, iters, dropout: of the LoRA, see `qft.quantize_model`; unused by the method scales.
+        format: spelling of the weight format, for a dense model; None for a quantized one, or where a plan has it.
+        init, iters: where codes and LoRA start, see `qft.quantize_model`.
+        calibration: directory of `qft calibrate`, for a start that uses it.
+        rank, alpha, dropout: of the LoRA; unused by the method scales.
         dtype: of what is not quantized.
     """
 
@@ -54,6 +57,7 @@ class Start:
     rank: int = 16
     alpha: float | None = None
     iters: int = 5
+    calibration: Path | None = None
     dropout: float = 0.0
     dtype: str = "auto"
 
@@ -80,9 +84,9 @@ def open_quantized(
         for module in bare if lora else []:
             module.add_lora(start.rank, start.alpha, start.dropout)
         return model
-    if not start.format:
+    if not (start.format or formats):
         raise ValueError(f"{start.model} is not quantized; name a format, for example 'nf4 g64 f32'")
-    fmt = Format.parse(start.format)  # a misspelt format is said before a large model is read
+    fmt = Format.parse(start.format) if start.format else None  # a misspelt format is said before a large model is read
     return quantize_model(
         load_model(start.model, start.dtype),
         fmt,
@@ -90,6 +94,7 @@ def open_quantized(
         rank=start.rank if lora else 0,
         alpha=start.alpha,
         iters=start.iters,
+        calibration=Calibration.load(start.calibration) if start.calibration else None,
         dropout=start.dropout,
         skip=skip,
         formats=formats,
@@ -181,6 +186,8 @@ def tune(
 def _settings(start: Start, data: Path, recipe: Recipe) -> dict[str, Any]:
     """What two commands must share for one to go on with the other's run, beside the recipe and the rows."""
     places = {"model": str(start.model.resolve()), "data": str(data.resolve())}
+    if start.calibration:
+        places["calibration"] = str(start.calibration.resolve())
     return {**vars(start), **places, "method": recipe.method}
 
 

@@ -4,7 +4,21 @@ Results go to stdout, as a table or as JSON; progress and errors go to stderr. t
 the commands that need them.
 """
 
-from . import demo, evaluate, explain, finetune, generate, info, quantize
+from . import adapter, calibrate, compose, demo, evaluate, explain, finetune, generate, info, plan, quantize, sweep
 from .app import main
 
-__all__ = ["demo", "evaluate", "explain", "finetune", "generate", "info", "main", "quantize"]
+__all__ = [
+    "adapter",
+    "calibrate",
+    "compose",
+    "demo",
+    "evaluate",
+    "explain",
+    "finetune",
+    "generate",
+    "info",
+    "main",
+    "plan",
+    "quantize",
+    "sweep",
+]

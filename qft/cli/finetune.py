@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .app import app
-from .options import Alpha, AsJson, BatchSize, BlockSize, Data, Dtype, Init, Iters, Model
+from .options import Alpha, AsJson, BatchSize, BlockSize, Calibrated, Data, Dtype, Init, Iters, Model
 from .output import print_result, progress, quiet, values
 
 
@@ -23,6 +23,7 @@ def finetune(
     rank: Annotated[int, typer.Option(help="Rank of the LoRA, where the model has none yet.")] = 16,
     alpha: Alpha = None,
     iters: Iters = 5,
+    calibration: Calibrated = None,
     dropout: Annotated[float, typer.Option(help="Dropout of the LoRA's input while training.")] = 0.0,
     steps: Annotated[int, typer.Option(help="Optimizer steps; 0 takes them from --epochs.")] = 0,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
@@ -54,7 +55,7 @@ def finetune(
         save_every=save_every,
         gradient_checkpointing=gradient_checkpointing,
     )
-    start = Start(model, format, init, rank, alpha, iters, dropout, dtype)
+    start = Start(model, format, init, rank, alpha, iters, calibration, dropout, dtype)
     with progress() as tell:
         done = tune(
             start, out, data, recipe, block_size=block_size, held_out=held_out, rounded=round_scales, progress=tell

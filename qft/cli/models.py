@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
 
 def open_model(model: Path, task: Path | None, dtype: str) -> Any:
+    from ..adapters.peft_format import load_adapter
     from ..adapters.scales import load_scales
     from ..pretrained import device, load_model
 
     network = load_model(model, dtype)
     if task:
-        load_scales(network, task)
+        (load_adapter if task.is_dir() else load_scales)(network, task)
     return network.to(device())
 
 

@@ -9,9 +9,10 @@ import typer
 
 Model = Annotated[Path, typer.Argument(help="A directory written by save_pretrained, or by this command.")]
 Data = Annotated[Path, typer.Option(help="A .txt, or a .jsonl of text, prompt and completion, or messages.")]
-Task = Annotated[Path | None, typer.Option(help="Trained scales to load into the model: a task.safetensors.")]
+Task = Annotated[Path | None, typer.Option(help="To load into the model: a task.safetensors, or an adapter's folder.")]
 Dtype = Annotated[str, typer.Option(help="Of what is not quantized: auto, float32, bfloat16 or float16.")]
-Init = Annotated[str, typer.Option(help="Where the LoRA starts: plain, or loftq, which fits the quantization error.")]
+Init = Annotated[str, typer.Option(help="Where codes and LoRA start: plain, search, loftq, qera_exact, cloq, ...")]
+Calibrated = Annotated[Path | None, typer.Option(help="What qft calibrate wrote, for a start that uses activations.")]
 Alpha = Annotated[float | None, typer.Option(help="LoRA's alpha; left out, the rank.")]
 Iters = Annotated[int, typer.Option(help="LoftQ's alternating steps.")]
 BlockSize = Annotated[int | None, typer.Option(help="Longest row, in tokens; left out, 256 or what the model holds.")]

@@ -10,7 +10,7 @@ import typer
 
 from .app import app
 from .models import described, layers_table
-from .options import Alpha, AsJson, Dtype, Init, Iters, Model
+from .options import Alpha, AsJson, Calibrated, Dtype, Init, Iters, Model
 from .output import print_result, quiet
 
 
@@ -18,11 +18,13 @@ from .output import print_result, quiet
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(help="A new directory for the quantized model.")],
-    format: Annotated[str, typer.Option(help="The weight format, for example 'nf4 g64 f32' or 'int3 g128 f16'.")],
+    format: Annotated[str | None, typer.Option(help="The weight format, for example 'nf4 g64 f32'.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Formats by layer, written by qft plan.")] = None,
     init: Init = "plain",
     rank: Annotated[int, typer.Option(help="Rank of the LoRA; 0 attaches none.")] = 0,
     alpha: Alpha = None,
     iters: Iters = 5,
+    calibration: Calibrated = None,
     skip: Annotated[list[str] | None, typer.Option(help="Leave layers of this name dense; can be repeated.")] = None,
     formats: Annotated[list[str] | None, typer.Option(help="For some: 'lm_head=int8 g64'; can be repeated.")] = None,
     dtype: Dtype = "auto",
@@ -34,6 +36,7 @@ def quantize(
     from ..io import save
     from ..job import Start, open_quantized
     from ..model import report
+    from ..plan import Plan
     from ..pretrained import is_quantized, load_tokenizer
 
     checkpoint.refuse_to_overwrite(out)
@@ -42,8 +45,10 @@ def quantize(
     if init == "loftq" and not rank:
         raise ValueError("init loftq fits a LoRA and there is none; give it a --rank, for example 16")
     start = time.perf_counter()
-    origin = Start(model, format, init, rank, alpha, iters, dtype=dtype)
-    quantized = open_quantized(origin, bool(rank), skip or [], _by_pattern(formats or []), progress=True)
+    origin = Start(model, format, init, rank, alpha, iters, calibration, dtype=dtype)
+    named, planned = _by_pattern(formats or []), Plan.load(plan).formats if plan else {}
+    by_layer = {**named, **planned, **named}  # the first that matches wins, so what is named here comes first
+    quantized = open_quantized(origin, bool(rank), skip or [], by_layer, progress=True)
     save(quantized, out, tokenizer=load_tokenizer(model) if (model / "tokenizer_config.json").is_file() else None)
     made = report(quantized)
     result = {"out": str(out), **described(made), "seconds": round(time.perf_counter() - start, 1)}
