@@ -65,7 +65,7 @@ class _Matching(nn.Module):
     def __init__(self, model: nn.Module, teacher: nn.Module, hidden: float, cross_entropy: float) -> None:
         super().__init__()
         self.model = model
-        self.config = model.config
+        self.config: Any = model.config
         self.hidden, self.cross_entropy = hidden, cross_entropy
         self._teacher = (teacher,)
 
