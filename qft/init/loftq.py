@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..format import Format
-from ..tensor import QuantTensor, quantize
-from .plain import idle_factors, whole_number
+from ..tensor import QuantTensor
+from .factors import idle_factors, lora_scaling, one_of, whole_number
+from .quantizers import LOFTQ_QUANTIZERS, quantized
 from .svd import METHODS, low_rank, seeded
 
 ORDERS = ("quantize-first", "svd-first")
@@ -25,6 +26,7 @@ def loftq(
     *,
     svd: str = "randomized",
     order: str = "quantize-first",
+    quantizer: str = "absmax",
     rslora: bool = False,
     on_step: Callable[[int, float], None] | None = None,
     name: str = "weight",
@@ -32,7 +34,7 @@ def loftq(
     """Find Q, A and B with W ≈ Q + scaling · B · A (LoftQ, algorithm 1), keeping the best iterate.
 
     A step quantizes W − scaling · B · A and fits B · A to W − Q by a truncated SVD. The first starts from B · A = 0,
-    so its codes are those of `qft.quantize`. Step 0 is plain quantization, and the step of least error is returned:
+    so its codes are those of `qft.quantize`. Step 0 is quantization alone, and the step of least error is returned:
     never worse than plain. The scaling is folded into A and B, so that the error does not depend on alpha. Arithmetic
     is fp32; beside `w` two dense fp32 matrices are held, three where `w` is not fp32 (the exact SVD takes more).
 
@@ -44,6 +46,8 @@ def loftq(
         alpha: LoRA's alpha, positive; the rank where None, so that the scaling is 1.
         svd: "randomized" or "exact", see `low_rank`.
         order: "quantize-first" (the paper's), or "svd-first" (LQ-LoRA's: a step fits, then quantizes).
+        quantizer: "absmax"; "search", with the scale of least error for each group; or "uniform", LoftQ's own for
+            its table 2: one grid for the weight, clipped at mean ± 2 std, for formats intN channel f32 zero.
         rslora: the scaling is alpha / sqrt(rank) instead of alpha / rank.
         on_step: called as on_step(step, error) for steps 0 to T (0 alone at rank 0), where error is
             ‖W − Q − scaling · B · A‖ / ‖W‖, Frobenius.
@@ -55,15 +59,16 @@ def loftq(
     Raises:
         FormatError, TypeError, ValueError: as `qft.quantize` does; or an argument lies outside what is said above.
     """
-    _one_of(order, ORDERS, "order")
-    _one_of(svd, METHODS, "svd")
+    one_of(order, ORDERS, "order")
+    one_of(svd, METHODS, "svd")
+    one_of(quantizer, LOFTQ_QUANTIZERS, "quantizer")
     iters = whole_number(iters, "iters")
-    q = quantize(w, fmt, name=name)
+    q = quantized(w, fmt, quantizer, name=name)
     rank = whole_number(rank, "rank", min(q.shape))
-    scaling = _scaling(rank, alpha, rslora)
+    scaling = lora_scaling(rank, alpha, rslora)
 
     with torch.no_grad(), torch.autocast(w.device.type, enabled=False):
-        return _alternate(w, q, rank, iters, scaling, svd, order == "svd-first", on_step)
+        return _alternate(w, q, rank, iters, scaling, quantizer, svd, order == "svd-first", on_step)
 
 
 def _alternate(
@@ -72,6 +77,7 @@ def _alternate(
     rank: int,
     iters: int,
     scaling: float,
+    quantizer: str,
     svd: str,
     svd_first: bool,
     on_step: Callable[[int, float], None] | None,
@@ -98,7 +104,7 @@ def _alternate(
         if svd_first:
             a, b = low_rank(residual, rank, svd)
         if svd_first or step > 1:
-            q = quantize(torch.addmm(dense, b, a, alpha=-unit), q.format)
+            q = quantized(torch.addmm(dense, b, a, alpha=-unit), q.format, quantizer)
             residual = _residual(dense, q, unit)
         if not svd_first:
             a, b = low_rank(residual, rank, svd)
@@ -123,18 +129,3 @@ def _norm(matrix: Tensor) -> float:
 def _unit(dense: Tensor) -> float:
     """The power of two at the largest weight: in this unit no square overflows or vanishes, and division is exact."""
     return 2.0 ** (math.frexp(torch.linalg.vector_norm(dense, math.inf).item())[1] - 1)
-
-
-def _scaling(rank: int, alpha: float | None, rslora: bool) -> float:
-    """What LoRA multiplies B · A by: alpha / rank, or alpha / sqrt(rank) (rsLoRA)."""
-    if alpha is None:
-        alpha = rank
-    elif not (alpha > 0 and math.isfinite(alpha)):
-        raise ValueError(f"alpha={alpha} is not a positive number; leave it out for a scaling of 1")
-    divisor = math.sqrt(rank) if rslora else rank
-    return alpha / divisor if rank else 1.0
-
-
-def _one_of(value: str, allowed: tuple[str, ...], name: str) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is unknown; use {' or '.join(map(repr, allowed))}")

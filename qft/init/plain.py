@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import Tensor
 
 from ..format import Format
 from ..tensor import QuantTensor, quantize
+from .factors import idle_factors, whole_number
 
 
 def plain(
@@ -39,35 +38,3 @@ def plain(
     rank = whole_number(rank, "rank")
     q = quantize(w, fmt, name=name)
     return q, *idle_factors(q.shape, rank, w.device, generator)
-
-
-def idle_factors(
-    shape: tuple[int, int], rank: int, device: torch.device, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
-    """Factors whose product is 0 and whose gradient is not, for a weight of shape (out, in).
-
-    Returns:
-        A fp32 `[rank, in]`, uniform within ±1/sqrt(in), as PEFT draws it; B fp32 `[out, rank]`, zeros.
-    """
-    out, in_features = shape
-    bound = in_features**-0.5  # what kaiming_uniform(a=sqrt(5)) comes to
-    a = torch.empty(rank, in_features, device=device, dtype=torch.float32)
-    return a.uniform_(-bound, bound, generator=generator), torch.zeros(out, rank, device=device, dtype=torch.float32)
-
-
-def whole_number(value: int, name: str, highest: int | None = None) -> int:
-    """`value` as an int, where it is an integer of any type from 0 to `highest`.
-
-    Raises:
-        TypeError: it is not an integer.
-        ValueError: it lies outside.
-    """
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}; give an integer, such as {name}=5") from None
-    if number < 0:
-        raise ValueError(f"{name}={number} is negative; use {name}=0 or more")
-    if highest is not None and number > highest:
-        raise ValueError(f"{name}={number} exceeds the weight's shorter side; use {name}={highest} or less")
-    return number

@@ -56,11 +56,11 @@ def _leading_range(matrix: Tensor, width: int) -> Tensor:
     device = matrix.device
     right = torch.randn(matrix.shape[1], width, device=device, dtype=matrix.dtype, generator=seeded(device))
     for _ in range(POWER_STEPS):
-        right = _orthonormal(matrix.T @ _orthonormal(matrix @ right))
-    return _orthonormal(_orthonormal(matrix @ right))
+        right = orthonormal(matrix.T @ orthonormal(matrix @ right))
+    return orthonormal(orthonormal(matrix @ right))
 
 
-def _orthonormal(columns: Tensor) -> Tensor:
+def orthonormal(columns: Tensor) -> Tensor:
     """A basis of the span of `columns` `[n, width]`, by Cholesky QR in float64.
 
     Orthonormal to fp32 precision where the condition number is below 1e4, and after a second call up to 1e7, beyond
