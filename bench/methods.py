@@ -38,7 +38,7 @@ LOW_RANK_FORMATS = ("nf2 g64 f16", "lm2 g64 f16")
 LOW_RANK_STARTS = ("loftq_search", "qera_exact", "cloq", f"{RILQ_FROM} + rilq")
 STEPS, BATCH_SIZE = 60, 4
 RATES = {"lora": 4e-3, "scales": 3e-3}  # as in the demo: the better of two, each tried on a dense and a 4-bit model
-RILQ_STEPS, RILQ_RATE = 60, 1e-3
+RILQ_STEPS, RILQ_RATE = 40, 1e-3
 CALIBRATION_ROWS = 192  # 49 thousand tokens of the new domain
 # Okabe and Ito's colours, told apart by every kind of colour vision
 COLORS = dict(
@@ -204,7 +204,8 @@ def _rilq(model: Any, material: Any, case: Case) -> None:
         "lora", RILQ_STEPS, batch_size=BATCH_SIZE, learning_rate=RILQ_RATE, seed=case.seed + 100,
         gradient_checkpointing=False,
     )  # fmt: skip
-    rilq(model, teacher, material.train, material.collate, recipe)
+    # on the model's own kind of text, as the paper does: its cross-entropy must be no head start on the task
+    rilq(model, teacher, material.spare, material.collate, recipe)
 
 
 def _worker(case: Case, threads: int) -> tuple[Case, dict[str, Any]]:
