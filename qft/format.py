@@ -26,6 +26,8 @@ class FormatError(ValueError):
 
 # bitsandbytes' fp32 constants. NF: quantiles of N(0, 1) (QLoRA, section 3); nf3 and nf2 follow the same recipe at their
 # width. FP4 (E2M1) keeps bitsandbytes' code order, sign in the top bit, so that its codes import as they are.
+# LM: the symmetric levels of least squared error for N(0, 1) (Max 1960; Lloyd 1982), divided by the largest; they need
+# a searched scale, since absmax puts their largest level, 1.5 to 2.7 standard deviations, on a group's extreme.
 CODEBOOKS: dict[str, tuple[float, ...]] = {
     "nf4": (
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -42,6 +44,17 @@ CODEBOOKS: dict[str, tuple[float, ...]] = {
         0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25,
         0.0, -0.0052083334885537624, -0.6666666865348816, -1.0, -0.3333333432674408, -0.5, -0.1666666716337204, -0.25,
     ),
+    "lm4": (
+        -1.0, -0.7571635246276855, -0.5921292901039124, -0.4597218632698059,
+        -0.3448525369167328, -0.2403431236743927, -0.14200752973556519, -0.04698657616972923,
+        0.04698657616972923, 0.14200752973556519, 0.2403431236743927, 0.3448525369167328,
+        0.4597218632698059, 0.5921292901039124, 0.7571635246276855, 1.0,
+    ),
+    "lm3": (
+        -1.0, -0.6245089173316956, -0.35131242871284485, -0.11389422416687012,
+        0.11389422416687012, 0.35131242871284485, 0.6245089173316956, 1.0,
+    ),
+    "lm2": (-1.0, -0.29977142810821533, 0.29977142810821533, 1.0),
 }  # fmt: skip
 INTEGERS: dict[str, int] = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 GROUPS = (32, 64, 128, 256, 512, 1024, 2048, 4096)

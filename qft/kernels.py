@@ -317,16 +317,27 @@ def _table_of(fmt: Format, kernel: str) -> tuple[str, str]:
     return (generic_code(fmt), "scalar") if kernel == "generic" else (table_code(fmt, kernel), kernel)
 
 
-def quantize(weight: Tensor, fmt: Format, kernel: str | None = None) -> tuple[Tensor, Tensor, Tensor | None, int]:
-    """Packed codes, scales (fp32 under dq) and zeros as stored, and the index of the first non-finite weight or -1."""
+def quantize(
+    weight: Tensor,
+    fmt: Format,
+    kernel: str | None = None,
+    *,
+    search: bool = False,
+    importance: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, int]:
+    """Packed codes, scales (fp32 under dq) and zeros as stored, and the index of the first non-finite weight or -1.
+
+    `search` and `importance` are those of `reference.quantize`.
+    """
     name = choose(Problem("quantize", fmt, str(weight.device), weight.dtype), kernel).kernel.name
     if name != "reference":
-        return native.quantize(weight.contiguous(), fmt, *_table_of(fmt, name))
+        table = _table_of(fmt, name)
+        return native.quantize(weight.contiguous(), fmt, *table, search=search, importance=importance)
     finite = weight.isfinite().flatten()
     if not finite.all():
         bad = int((~finite).nonzero()[0, 0])
         return weight.new_empty(0), weight.new_empty(0), None, bad
-    codes, scales, zeros = reference.quantize(weight, fmt)
+    codes, scales, zeros = reference.quantize(weight, fmt, search, importance)
     scale_dtype = torch.float32 if fmt.scale == "dq" else reference.TORCH_DTYPE[fmt.scale]
     zeros = None if zeros is None else zeros.to(reference.TORCH_DTYPE[native.ZERO_DTYPE[fmt.scale]])
     return reference.pack(codes, fmt), scales.to(scale_dtype), zeros, -1

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .double_quant import dynamic_map
 from .format import DQ_BLOCK, ZERO_DTYPE, Format
-from .reference import TORCH_DTYPE
+from .reference import TORCH_DTYPE, search_factors
 
 try:
     _native: Any = import_module("qft._native")
@@ -120,6 +120,12 @@ def _levels(fmt: Format) -> Tensor:
 
 
 @lru_cache(maxsize=16)
+def _factors(fmt: Format, device: torch.device) -> Tensor:
+    """What a scale search tries, fp32, where the kernel runs."""
+    return torch.tensor(search_factors(fmt), dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=16)
 def _dynamic_map(device: torch.device) -> Tensor:
     return dynamic_map().contiguous().to(device)
 
@@ -181,9 +187,12 @@ def _weight(q: QuantTensor, device: torch.device) -> Any:
     )
 
 
-def quantize(weight: Tensor, fmt: Format, code: str, isa: str) -> tuple[Tensor, Tensor, Tensor | None, int]:
+def quantize(
+    weight: Tensor, fmt: Format, code: str, isa: str, *, search: bool = False, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None, int]:
     """Packed codes uint8 `[out, row_bytes]`, scales and zeros `[out, groups]` as stored (fp32 scales under dq), and the
-    flat index of the first weight that is not finite, or -1."""
+    flat index of the first weight that is not finite, or -1. `search` and `importance` are those of
+    `reference.quantize`."""
     device, (out, in_features) = _device(isa, weight), weight.shape
     address = check(weight, (out, in_features), weight.dtype, "weight", device)
     groups = fmt.groups(in_features)
@@ -192,6 +201,8 @@ def quantize(weight: Tensor, fmt: Format, code: str, isa: str) -> tuple[Tensor, 
     scales = torch.empty(out, groups, dtype=scale_dtype, device=device)
     zeros = torch.empty(out, groups, dtype=TORCH_DTYPE[ZERO_DTYPE[fmt.scale]], device=device) if fmt.zero else None
     bad = torch.empty(1, dtype=torch.int64, device=device)
+    factors = _factors(fmt, device) if search else None
+    weights = 0 if importance is None else check(importance, (in_features,), torch.float32, "importance", device)
     _run(
         "quantize",
         (code, isa),
@@ -209,6 +220,9 @@ def quantize(weight: Tensor, fmt: Format, code: str, isa: str) -> tuple[Tensor, 
         zero_kind=ZEROS[fmt.scale],
         levels=_levels(fmt).data_ptr(),
         count=min(len(fmt.levels), 16),
+        factors=0 if factors is None else factors.data_ptr(),
+        factor_count=0 if factors is None else len(factors),
+        importance=weights,
         codes=codes.data_ptr(),
         scales=scales.data_ptr(),
         zeros=0 if zeros is None else zeros.data_ptr(),

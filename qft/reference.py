@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .format import Format
+from .format import Format, to_f32
 
 TORCH_DTYPE = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 SMALLEST_SCALE = torch.finfo(
@@ -25,11 +25,27 @@ def per_weight(values: Tensor, fmt: Format, in_features: int) -> Tensor:
     )
 
 
-def quantize(weight: Tensor, fmt: Format) -> tuple[Tensor, Tensor, Tensor | None]:
+def search_factors(fmt: Format) -> tuple[float, ...]:
+    """Factors on the absmax scale that a scale search tries, in this order, ties going to the earlier.
+
+    1, then 0.3 to 1.1 in steps of 0.025. Where the levels are not mirror-symmetric the negatives of all of them follow,
+    which turn the levels around; under dq they do not, for scales of both signs would spoil the second quantization.
+    """
+    grid = (1.0, *(to_f32((300 + 25 * step) / 1000) for step in range(33) if step != 28))
+    mirrored = all(-level in fmt.levels for level in fmt.levels)
+    return grid if fmt.zero or mirrored or fmt.scale == "dq" else grid + tuple(-factor for factor in grid)
+
+
+def quantize(
+    weight: Tensor, fmt: Format, search: bool = False, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes, scales and zero points of a dense matrix.
 
     Args:
         weight: `[out, in]`, finite, any floating dtype.
+        search: take, for each group, the scale of least squared error among `search_factors` times the absmax scale,
+            each compared as it will be stored.
+        importance: fp32 `[in]`, at least 0: weights of the columns in that error.
 
     Returns:
         codes uint8 `[out, in]`; scales fp32 `[out, groups]`, rounded to the format's scale dtype except under dq, whose
@@ -37,37 +53,84 @@ def quantize(weight: Tensor, fmt: Format) -> tuple[Tensor, Tensor, Tensor | None
 
     Codebooks: the group's extreme lands on the level of largest magnitude, other weights on the nearest level, ties on
     the lower one (QLoRA, section 3; bitsandbytes' tree). Integers round half to even; asymmetric ones follow
-    s = (max - min) / (2^b - 1), z = round(-min / s) with min <= 0 <= max (PEQA, section 3).
+    s = (max - min) / (2^b - 1), z = round(-min / s) with min <= 0 <= max (PEQA, section 3). A searched scale leaves z
+    as it is.
     """
+    weight = weight.float()
     out, in_features = weight.shape
     groups, size = fmt.groups(in_features), fmt.group_size(in_features)
-    padded = torch.nn.functional.pad(weight.float(), (0, groups * size - in_features)).view(out, groups, size)
+    padded = torch.nn.functional.pad(weight, (0, groups * size - in_features)).view(out, groups, size)
     low, high = padded.amin(2).clamp(max=0), padded.amax(2).clamp(min=0)
     levels = torch.tensor(fmt.levels, dtype=torch.float32, device=weight.device)
     top = len(fmt.levels) - 1
     if fmt.zero:
-        scales = (high - low) / top
+        exact = (high - low) / top
     else:
         anchor = levels[levels.abs().argmax()]
         mirrored = bool((levels == -anchor).any())
         extreme = torch.where(high > -low, high, low)
-        scales = extreme.abs() / anchor.abs() if mirrored else extreme / anchor
+        exact = extreme.abs() / anchor.abs() if mirrored else extreme / anchor
+    scales = _as_stored(exact, fmt)
+    zeros = (-low * _inverse(scales)).round().clamp(0, top) if fmt.zero else None
+    if search:
+        scales = _search(weight, exact, scales, zeros, fmt, importance)
+    return encode(weight, scales, zeros, fmt), scales, zeros
+
+
+def _as_stored(scales: Tensor, fmt: Format) -> Tensor:
+    """Rounded to the format's scale dtype, except under dq; 0 below the smallest scale."""
     if fmt.scale != "dq":
         scales = scales.to(TORCH_DTYPE[fmt.scale]).float()
-    empty = scales.abs() < SMALLEST_SCALE
-    scales = torch.where(empty, 0, scales)
-    inverse = torch.where(empty, 0, 1 / scales)
-    scaled = padded * inverse[..., None]
+    return torch.where(scales.abs() < SMALLEST_SCALE, 0, scales)
 
-    zeros = (-low * inverse).round().clamp(0, top) if fmt.zero else None
+
+def _inverse(scales: Tensor) -> Tensor:
+    return torch.where(scales == 0, 0, 1 / scales)
+
+
+def _search(
+    weight: Tensor, exact: Tensor, scales: Tensor, zeros: Tensor | None, fmt: Format, importance: Tensor | None
+) -> Tensor:
+    """The scales of least error; `exact` and `scales` are absmax's, before and after rounding. A group whose scale is 0
+    or overflows keeps it, and what overflows or comes to 0 is no candidate."""
+
+    def error_of(candidate: Tensor) -> Tensor:
+        decoded = dequantize(encode(weight, candidate, zeros, fmt), candidate, zeros, fmt)
+        square = (weight - decoded).square()
+        return _sum_groups(square if importance is None else square * importance, fmt)
+
+    best, least = scales, error_of(scales)
+    for factor in search_factors(fmt)[1:]:
+        candidate = _as_stored(exact * factor, fmt)
+        possible = candidate.isfinite() & (candidate != 0) & scales.isfinite() & (scales != 0)
+        error = error_of(torch.where(possible, candidate, 1))
+        better = possible & (error < least)
+        best, least = torch.where(better, candidate, best), torch.where(better, error, least)
+    return best
+
+
+def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, fmt: Format) -> Tensor:
+    """Nearest codes under given scales: uint8 `[out, n]`.
+
+    Args:
+        weight: `[out, n]`, finite: whole rows, or columns that share one group.
+        scales, zeros: `[out, groups]`, or `[out, 1]` for columns that share a group; zeros None for symmetric formats.
+
+    Ties go to the lower level; integers round half to even. A scale of 0 gives the code nearest 0.
+    """
+    spread = (
+        (lambda values: values) if scales.shape[1] == 1 else (lambda values: per_weight(values, fmt, weight.shape[1]))
+    )
+    scaled = (weight.float() * spread(_inverse(scales.float()))).contiguous()
+    levels = torch.tensor(fmt.levels, dtype=torch.float32, device=weight.device)
     if zeros is not None:
-        codes = (scaled.round() + zeros[..., None]).clamp(0, top)
+        codes = (scaled.round() + spread(zeros.float())).clamp(0, len(fmt.levels) - 1)
     elif fmt.is_integer:
         codes = scaled.round().clamp(levels[0], levels[-1]) - levels[0]
     else:
         ordered, code_of_rank = _ranked(levels)
         codes = code_of_rank[torch.bucketize(scaled, (ordered[:-1] + ordered[1:]) / 2)]
-    return codes.to(torch.uint8).view(out, -1)[:, :in_features], scales, zeros
+    return codes.to(torch.uint8)
 
 
 def _ranked(levels: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,40 @@ class QuantTensor:
         """Zero points, fp32 `[out, groups]`, or None for symmetric formats."""
         return None if self.weight_zeros is None else self.weight_zeros.float()
 
+    @staticmethod
+    def from_codes(codes: Tensor, scales: Tensor, zeros: Tensor | None, fmt: Format | str) -> QuantTensor:
+        """A weight from codes, scales and zero points found elsewhere, stored as `fmt` says.
+
+        Args:
+            codes: uint8 `[out, in]`, the index of each weight's level.
+            scales: `[out, groups]`, rounded to the format's scale dtype; double-quantized under dq.
+            zeros: `[out, groups]` for asymmetric formats, else None.
+            fmt: a Format or its spelling.
+
+        Raises:
+            FormatError: `fmt` spells no format, or a scale is not finite in its dtype.
+            TypeError: codes are not uint8.
+            ValueError: a shape differs, a code has no level, or zeros are missing or too many.
+        """
+        fmt = Format.parse(fmt)
+        if codes.dtype != torch.uint8:
+            raise TypeError(f"codes are {codes.dtype}, expected torch.uint8; convert them with .to(torch.uint8)")
+        if codes.dim() != 2 or not codes.numel():
+            raise ValueError(f"codes have shape {tuple(codes.shape)}, expected a matrix [out, in] that is not empty")
+        if (highest := int(codes.max())) >= len(fmt.levels):
+            raise ValueError(f"code {highest} has no level in {fmt}, whose codes end at {len(fmt.levels) - 1}")
+        if (zeros is not None) != fmt.zero:
+            rule = "needs zero points; pass zeros" if fmt.zero else "has no zero points; pass zeros=None"
+            raise ValueError(f"{fmt} {rule}")
+        expected = (codes.shape[0], fmt.groups(codes.shape[1]))
+        for name, values in (("scales", scales), ("zeros", zeros)):
+            if values is not None and tuple(values.shape) != expected:
+                raise ValueError(f"{name} have shape {tuple(values.shape)}, expected {expected} for {fmt}")
+        stored = scales.detach().to(reference.TORCH_DTYPE["f32" if fmt.scale == "dq" else fmt.scale])
+        _refuse_overflow(stored, fmt, "codes")
+        zeros = None if zeros is None else zeros.detach().to(reference.TORCH_DTYPE[ZERO_DTYPE[fmt.scale]])
+        return _stored(fmt, (codes.shape[0], codes.shape[1]), reference.pack(codes, fmt), stored, zeros)
+
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by the names they have in a layer and a file."""
         return {name: value for name in STORED if (value := getattr(self, name)) is not None}
@@ -91,19 +125,32 @@ class QuantTensor:
         return QuantTensor(fmt, self.shape, self.weight, stored, zeros)
 
 
-def quantize(weight: Tensor, fmt: Format | str, *, kernel: str | None = None, name: str = "weight") -> QuantTensor:
+def quantize(
+    weight: Tensor,
+    fmt: Format | str,
+    *,
+    search: bool = False,
+    importance: Tensor | None = None,
+    kernel: str | None = None,
+    name: str = "weight",
+) -> QuantTensor:
     """Quantize a dense matrix.
 
     Args:
         weight: `[out, in]`, floating, finite; any layout. float64 is rounded to fp32 first.
         fmt: a Format or its spelling.
+        search: take, for each group, the scale of least squared error among 33 factors from 0.3 to 1.1 on the absmax
+            scale (`reference.search_factors`), which is one of them; otherwise the absmax scale.
+        importance: `[in]`, floating, finite, at least 0: weights of the columns in that error, such as the mean square
+            of each input feature. Rounded to fp32.
         kernel: a row of `kernels.TABLE` to use instead of the fastest.
         name: what error messages call the weight.
 
     Raises:
         FormatError: `fmt` spells no format, or a scale overflows its dtype.
-        TypeError: the weight is not a floating tensor.
-        ValueError: it is not a matrix, is empty, is on the meta device, or holds NaN or Inf.
+        TypeError: the weight, or the importance, is not a floating tensor.
+        ValueError: it is not a matrix, is empty, is on the meta device, or holds NaN or Inf; or the importance comes
+            without a search, is of another shape, or holds what is negative or not finite.
     """
     fmt = Format.parse(fmt)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
@@ -119,17 +166,45 @@ def quantize(weight: Tensor, fmt: Format | str, *, kernel: str | None = None, na
     dense = weight.detach()
     if dense.dtype not in reference.TORCH_DTYPE.values():
         dense = dense.float()
-    codes, scales, zeros, bad = kernels.quantize(dense, fmt, kernel)
+    if importance is not None:
+        importance = _checked_importance(importance, dense, search)
+    codes, scales, zeros, bad = kernels.quantize(dense, fmt, kernel, search=search, importance=importance)
     if bad >= 0:
         row, column = divmod(bad, in_features)
         raise ValueError(
             f"{name}[{row}, {column}] is {dense[row, column].item()}; only finite weights quantize, repair it first"
         )
     _refuse_overflow(scales, fmt, name)
-    if fmt.scale == "dq":
-        scale_codes, absmax, offset = double_quant.encode(scales)
-        return QuantTensor(fmt, (out, in_features), codes, scale_codes, zeros, absmax, offset)
-    return QuantTensor(fmt, (out, in_features), codes, scales, zeros)
+    return _stored(fmt, (out, in_features), codes, scales, zeros)
+
+
+def _stored(fmt: Format, shape: tuple[int, int], packed: Tensor, scales: Tensor, zeros: Tensor | None) -> QuantTensor:
+    """Of scales in their stored dtype, but fp32 under dq."""
+    if fmt.scale != "dq":
+        return QuantTensor(fmt, shape, packed, scales, zeros)
+    scale_codes, absmax, offset = double_quant.encode(scales)
+    return QuantTensor(fmt, shape, packed, scale_codes, zeros, absmax, offset)
+
+
+def _checked_importance(importance: Tensor, weight: Tensor, search: bool) -> Tensor:
+    """fp32 `[in]` on the weight's device."""
+    if not search:
+        raise ValueError("importance weights the error of a scale search; pass search=True with it")
+    if not isinstance(importance, Tensor) or not importance.is_floating_point():
+        kind = importance.dtype if isinstance(importance, Tensor) else type(importance).__name__
+        raise TypeError(f"importance is {kind}; the search takes a floating tensor, convert it with .float()")
+    if tuple(importance.shape) != (weight.shape[1],):
+        raise ValueError(
+            f"importance has shape {tuple(importance.shape)}, expected ({weight.shape[1]},): a number per input feature"
+        )
+    checked = importance.detach().to(weight.device, torch.float32).contiguous()
+    bad = ~(checked.isfinite() & (checked >= 0))
+    if bad.any():
+        at = int(bad.nonzero()[0, 0])
+        raise ValueError(
+            f"importance[{at}] is {importance[at].item()}; it must be finite and at least 0, repair it first"
+        )
+    return checked
 
 
 def _refuse_overflow(scales: Tensor, fmt: Format, name: str) -> None:

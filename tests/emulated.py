@@ -25,7 +25,7 @@ from qft.compiler.emit import emit_loadable, table_code
 from qft.double_quant import dynamic_map
 from qft.format import DQ_BLOCK, INTEGERS, ZERO_DTYPE, Format
 from qft.kernels import PAIR_TABLE_ROWS
-from qft.reference import TORCH_DTYPE
+from qft.reference import TORCH_DTYPE, search_factors
 from qft.tensor import QuantTensor
 
 VERBS = Path(__file__).parent / "simt" / "verbs.cpp"
@@ -76,7 +76,9 @@ class _QuantizeArgs(_Struct):
         ("zero_kind", c_int),
         ("levels", c_void_p),
         ("count", c_int),
-        *((name, c_void_p) for name in ("codes", "scales", "zeros", "bad")),
+        ("factors", c_void_p),
+        ("factor_count", c_int),
+        *((name, c_void_p) for name in ("importance", "codes", "scales", "zeros", "bad")),
         ("place", _Place),
     ]
 
@@ -338,11 +340,18 @@ def _kernels(code: str, verbs: tuple[str, ...], kernels: Library | None, schedul
 
 
 def quantize(
-    weight: Tensor, fmt: Format, schedule: Schedule = FIRST, *, kernels: Library | None = None
+    weight: Tensor,
+    fmt: Format,
+    schedule: Schedule = FIRST,
+    *,
+    search: bool = False,
+    importance: Tensor | None = None,
+    kernels: Library | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, int]:
     """As `qft.native.quantize`, but the last is the flat index of the first weight that is not finite, or 2^63 - 1."""
     out, in_features = weight.shape
     groups, levels = fmt.groups(in_features), _levels(fmt)
+    factors = torch.tensor(search_factors(fmt)) if search else None
     codes = torch.full((out, fmt.row_bytes(in_features)), 0xA5, dtype=torch.uint8)
     scales = torch.full((out, groups), torch.nan, dtype=TORCH_DTYPE["f32" if fmt.scale == "dq" else fmt.scale])
     zeros = torch.full((out, groups), torch.nan, dtype=TORCH_DTYPE[ZERO_DTYPE[fmt.scale]]) if fmt.zero else None
@@ -361,6 +370,9 @@ def quantize(
         zero_kind=SCALES[ZERO_DTYPE[fmt.scale]],
         levels=_address(levels),
         count=min(len(fmt.levels), 16),
+        factors=_address(factors),
+        factor_count=0 if factors is None else len(factors),
+        importance=_address(importance),
         codes=_address(codes),
         scales=_address(scales),
         zeros=_address(zeros),

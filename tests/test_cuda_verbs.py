@@ -103,6 +103,47 @@ def test_the_first_weight_that_is_not_finite_is_named(fmt):
             assert emulated.quantize(spoiled, fmt, schedule)[3] == first[0] * 300 + first[1]
 
 
+def squared_errors(weight, codes, scales, zeros, fmt, importance):
+    """In float64, summed over each group: `[out, groups]`."""
+    off = weight.double() - reference.dequantize(codes, scales, zeros, fmt).double()
+    return sum_groups(off.square() * (1 if importance is None else importance.double()), fmt)
+
+
+def assert_searches_as_the_reference(weight, fmt, importance=None, schedules=SCHEDULES, **options):
+    """Scales as good as the reference's, to what sums in another order may lose, and the codes that follow."""
+    best = reference.quantize(weight, fmt, True, importance)
+    found = []
+    for schedule in schedules:
+        packed, scales, zeros, bad = emulated.quantize(
+            weight, fmt, schedule, search=True, importance=importance, **options
+        )
+        assert bad == NOTHING_BAD
+        assert zeros is None or torch.equal(zeros.float(), best[2])
+        codes = reference.encode(weight, scales, zeros, fmt)
+        assert torch.equal(packed, reference.pack(codes, fmt))
+        error = squared_errors(weight, codes, scales, zeros, fmt, importance)
+        assert (error <= (1 + 1e-5) * squared_errors(weight, *best, fmt, importance)).all()
+        assert (scales.float() == best[1]).float().mean() >= 0.98
+        found.append(scales)
+    assert all(torch.equal(scales, found[0]) for scales in found)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_a_search_is_as_good_as_the_reference(fmt):
+    for shape, dtype in (((7, 129), torch.float32), ((2, 2100), torch.bfloat16), (ODD, torch.float16)):
+        for importance in (None, torch.rand(shape[1]).pow(6)):
+            assert_searches_as_the_reference(sample(shape, dtype), fmt, importance)
+
+
+@pytest.mark.parametrize("text", ["nf4 g64 f16", "lm2 g64 f16", "int3 g32 f16 zero"])
+def test_a_search_near_the_ends_of_fp16(text):
+    """Subnormal scales, some of whose candidates come to 0, and scales whose larger candidates overflow."""
+    fmt, row = Format.parse(text), torch.randn(64)
+    largest = (len(fmt.levels) - 1) / 2 if fmt.zero else max(abs(level) for level in fmt.levels)
+    sizes = (6e4, 3e4, 3e-7, 1e-7, 4e-8, 0)
+    assert_searches_as_the_reference(torch.stack([row / row.abs().max() * size * largest for size in sizes]), fmt)
+
+
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_dequantize_is_exact(fmt):
     for shape, dtype in each_dtype_where_it_matters():
@@ -237,6 +278,7 @@ def quantizes(kernels, formats):
         for schedule in SCHEDULES:
             weight = sample((7, 129))
             assert_quantizes_as_the_reference(weight, fmt, [schedule], kernels=kernels)
+            assert_searches_as_the_reference(weight, fmt, torch.rand(129), [schedule], kernels=kernels)
             weight[5:] = torch.inf
             assert emulated.quantize(weight, fmt, schedule, kernels=kernels)[3] == 5 * 129
 
@@ -288,7 +330,7 @@ OUTSIDE = "out of bounds|illegal address|uninitialised|race"  # by what lies the
 MUTANTS = [
     (Mutant(name, verb, code, file, old, new), said)
     for name, verb, code, file, old, new, said in (
-        ("no barrier after the tables of ranks", "quantize", "levels4", "quantize.cuh", BARRIER, "", UNORDERED),
+        ("no barrier after the tables of ranks", "quantize", "levels4", "nearest.cuh", BARRIER, "", UNORDERED),
         ("no tail mask on codes", "quantize", "int3", "pack.cuh", "if (kept < per_word)", "if (false)", None),
         ("row padding from a word too far", "quantize", "int3", "pack.cuh",
          "int64_t i = end;", "int64_t i = end + 4;", "codes is not fully written"),
@@ -298,6 +340,14 @@ MUTANTS = [
          "leads = real && lane == 0;", "leads = lane == 0;", OUTSIDE),
         ("bounds of half a group", "quantize", "int3", "groups.cuh",
          "if (g.shift > 0) exchange(1);", "", None),
+        ("an importance past the row's end", "quantize", "int3", "group_scale.cuh", "if (k < left) ", "", OUTSIDE),
+        ("errors of half a group", "quantize", "int3", "group_scale.cuh",
+         "across_group(lanes, [&](int distance) { error", "if (c > 1) across_group(lanes, [&](int distance) { error",
+         None),
+        ("the importance of the group's first columns", "quantize", "int3", "group_scale.cuh",
+         "a.importance + column", "a.importance + group.first", None),
+        ("the importance of another column", "quantize", "levels4", "group_scale.cuh",
+         "importance[k]", "importance[0]", None),
         ("the last bad index instead of the least", "quantize", "int3", "quantize.cuh",
          "atomicMin(reinterpret_cast<unsigned long long*>(bad), static_cast<unsigned long long>(index + first));",
          "*bad = index + first;", "race"),

@@ -1,6 +1,7 @@
 """A format is data with one spelling: parsing, spelling, arithmetic, and a clear sentence for everything refused."""
 
 import itertools
+import math
 import random
 import re
 import struct
@@ -8,6 +9,7 @@ import struct
 import pytest
 import torch
 from formats import ELEVEN, FORMATS
+from scipy.optimize import brentq
 from scipy.stats import norm
 
 from qft.format import CODEBOOKS, GROUPS, INTEGERS, SCALE_BITS, Format, FormatError, spell_f32, to_f32
@@ -122,7 +124,10 @@ def test_a_format_error_is_a_value_error_and_wants_text():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("nf9", 64), "'nf9' is no code; use nf4, nf3, nf2, fp4, int8, int4, int3, int2, or levels such as"),
+        (
+            ("nf9", 64),
+            "'nf9' is no code; use nf4, nf3, nf2, fp4, lm4, lm3, lm2, int8, int4, int3, int2, or levels such as",
+        ),
         (("nf4", 48), "group g48 is not offered"),
         (("nf4", 64, "f8"), "scale dtype 'f8' is unknown; use one of f32, f16, bf16, dq"),
     ],
@@ -255,6 +260,21 @@ def normal_float(bits: int) -> list[float]:
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_normal_float_levels_are_the_quantiles(bits):
     assert list(CODEBOOKS[f"nf{bits}"]) == normal_float(bits)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_lloyd_max_levels_are_the_means_of_their_cells(bits):
+    """Under N(0, 1) every level is the mean of what is nearer to it than to the others (Max 1960), in fp32."""
+    levels = torch.tensor(CODEBOOKS[f"lm{bits}"], dtype=torch.float64).numpy()
+    assert (levels == -levels[::-1]).all()
+
+    def means(largest):
+        edges = largest * (levels[1:] + levels[:-1]) / 2
+        below, above = [-math.inf, *edges], [*edges, math.inf]
+        return (norm.pdf(below) - norm.pdf(above)) / (norm.cdf(above) - norm.cdf(below))
+
+    largest = brentq(lambda size: means(size)[-1] - size, 1, 4, xtol=1e-14)
+    assert means(largest) / largest == pytest.approx(levels, abs=1e-7)
 
 
 @pytest.mark.parametrize("code", [*CODEBOOKS, *INTEGERS])

@@ -439,7 +439,7 @@ def test_mutants_keep_most_of_one_parent_and_children_mix_two():
     for own, a, b in zip(child, first, second, strict=True):
         assert all(getattr(own, t) in (getattr(a, t), getattr(b, t)) for t in PIECES)
     others = [search.crossed([first, second]) for _ in range(8)]
-    assert any(0.3 < share(other, first) < 0.9 for other in others)  # two parents were drawn, not one twice
+    assert any(0.5 < share(other, first) < 0.8 for other in others)  # two parents were drawn, not one twice
 
 
 def test_a_search_that_finds_nothing_keeps_the_base():

@@ -258,6 +258,16 @@ def test_it_trains_under_autocast_with_gradients_for_both_factors():
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in factors.values())
 
 
+def test_a_layer_with_few_groups_takes_what_it_holds_and_says_so(caplog):
+    model = packed("int2 g64 f16")  # one group in 64 features, two in 96
+    notices.say_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "qft"):
+        add_pooled_lora(model, 2)
+    assert (model.model.layers[0].mlp.up_proj.lora_rank, model.model.layers[0].mlp.down_proj.lora_rank) == (1, 2)
+    assert "q_proj has 1 groups or outputs: its pooled adapter takes rank 1, not 2" in caplog.messages[0]
+    assert len(caplog.messages) == 12
+
+
 def test_a_saved_directory_from_before_pooled_loras_still_loads(tmp_path):
     model = packed(rank=2)
     qft.save(model, tmp_path)

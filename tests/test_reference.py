@@ -64,6 +64,19 @@ def test_no_other_code_is_nearer(fmt, shape):
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_columns_of_one_group_encode_as_the_whole_row_does(fmt):
+    weight = sample((7, 129))
+    codes, scales, zeros = reference.quantize(weight, fmt)
+    assert torch.equal(reference.encode(weight, scales, zeros, fmt), codes)
+    for first in range(0, 129, size := min(fmt.group or 129, 43)):
+        part, group = slice(first, min(first + size, 129)), first // (fmt.group or 129)
+        if (part.stop - 1) // (fmt.group or 129) > group:
+            continue
+        own = [None if values is None else values[:, group : group + 1] for values in (scales, zeros)]
+        assert torch.equal(reference.encode(weight[:, part], *own, fmt), codes[:, part])
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_zeros_take_the_code_nearest_zero(fmt):
     codes, scales, zeros = reference.quantize(torch.zeros(2, 100), fmt)
     assert not scales.any()

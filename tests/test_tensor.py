@@ -98,6 +98,41 @@ def test_a_format_or_its_spelling():
     assert torch.equal(of_text.weight, of_format.weight)
 
 
+# ------------------------------------------------------------------------------------------------ codes from elsewhere
+
+
+@pytest.mark.parametrize("shape", [(33, 100), (3, 4128)], ids=str)
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_codes_and_scales_found_elsewhere_are_stored_alike(fmt, shape):
+    weight = sample(shape)
+    of_codes = QuantTensor.from_codes(*reference.quantize(weight, fmt), fmt)
+    quantized = qft.quantize(weight, fmt)
+    assert (of_codes.format, of_codes.shape) == (fmt, shape)
+    assert of_codes.tensors().keys() == quantized.tensors().keys()
+    for name, tensor in quantized.tensors().items():
+        assert torch.equal(of_codes.tensors()[name], tensor)
+
+
+CODES = torch.ones(4, 128, dtype=torch.uint8)
+FROM_CODES = {
+    "codes of another dtype": (CODES.int(), torch.ones(4, 2), None, "nf2 g64", TypeError, "codes are torch.int32"),
+    "no matrix": (CODES[0], torch.ones(4, 2), None, "nf2 g64", ValueError, "codes have shape (128,), expected a"),
+    "no weights": (CODES[:0], torch.ones(0, 2), None, "nf2 g64", ValueError, "codes have shape (0, 128), expected"),
+    "a code too large": (CODES * 4, torch.ones(4, 2), None, "nf2 g64", ValueError, "code 4 has no level in nf2 g64"),
+    "scales of another shape": (CODES, torch.ones(4, 1), None, "nf2 g64", ValueError, "scales have shape (4, 1), exp"),
+    "zeros of another shape": (CODES, torch.ones(4, 2), torch.ones(4), "int2 g64 zero", ValueError, "zeros have shape"),
+    "no zeros": (CODES, torch.ones(4, 2), None, "int2 g64 zero", ValueError, "int2 g64 f32 zero needs zero points"),
+    "zeros": (CODES, torch.ones(4, 2), torch.ones(4, 2), "int2 g64", ValueError, "int2 g64 f32 has no zero points"),
+    "an overflow": (CODES, torch.full((4, 2), 7e4), None, "nf2 g64 f16", qft.FormatError, "group 0 exceeds fp16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("codes", "scales", "zeros", "text", "error", "said"), FROM_CODES.values(), ids=FROM_CODES)
+def test_codes_that_are_refused(codes, scales, zeros, text, error, said):
+    with pytest.raises(error, match=re.escape(said)):
+        QuantTensor.from_codes(codes, scales, zeros, text)
+
+
 # -------------------------------------------------------------------------------------------------- other scales
 
 

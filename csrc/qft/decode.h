@@ -7,19 +7,20 @@ namespace qft {
 
 // The levels of a codebook of up to 16 entries, and what encoding derives from them.
 struct Codebook {
-  float levels[16] = {};          // by code; unused codes stand for 0
-  float midpoints[16] = {};       // between neighbouring levels in ascending order; +inf past the last
-  uint8_t code_of_rank[16] = {};  // ascending order -> code
-  float anchor = 0;               // the level a group's extreme lands on: the one of largest magnitude
-  bool signed_scale = false;      // no level mirrors the anchor, so the scale carries the extreme's sign
-  uint8_t zero_code = 0;          // the code nearest 0, for groups of zeros
+  float levels[16] = {};     // by code; unused codes stand for 0
+  float ascending[16] = {};  // by rank: the distinct levels in ascending order
+  float midpoints[16] = {};  // between neighbouring ranks; +inf past the last
+  uint8_t code_of_rank[16] = {};
+  float anchor = 0;           // the level a group's extreme lands on: the one of largest magnitude
+  bool signed_scale = false;  // no level mirrors the anchor, so the scale carries the extreme's sign
+  uint8_t zero_code = 0;      // the code nearest 0, for groups of zeros
 };
 
 constexpr float kInfinity = __builtin_huge_valf();
 
 constexpr Codebook make_codebook(const float* levels, int count) {
   Codebook book;
-  float sorted[16] = {};
+  float (&sorted)[16] = book.ascending;
   int ranks = 0;
   for (int code = 0; code < count; code++) {
     const float level = levels[code];

@@ -24,12 +24,15 @@ struct QuantizeArgs {
   bool zero;         // asymmetric: codes count from the zero point
   Scale scale_kind;  // codes are chosen against the scale as stored
   Dtype zero_kind;
-  const float* levels;  // [1 << bits], host memory; read by the kernels that were not compiled for a codebook
-  int count;            // levels in use, <= 1 << bits; likewise
-  uint8_t* codes;       // [out][row_bytes]
-  void* scales;         // [out][groups]
-  void* zeros;          // [out][groups] or null
-  int64_t* bad;         // [1] flat index of the first weight that is not finite, or INT64_MAX
+  const float* levels;   // [1 << bits], host memory; read by the kernels that were not compiled for a codebook
+  int count;             // levels in use, <= 1 << bits; likewise
+  const float* factors;  // [factor_count] of a scale search: on the absmax scale, 1 first; null: absmax alone
+  int factor_count;
+  const float* importance;  // [in] what a column's squared error counts in a search, or null: all alike
+  uint8_t* codes;           // [out][row_bytes]
+  void* scales;             // [out][groups]
+  void* zeros;              // [out][groups] or null
+  int64_t* bad;             // [1] flat index of the first weight that is not finite, or INT64_MAX
   Place place;
 };
 

@@ -93,14 +93,32 @@ PYBIND11_MODULE(_native, m) {
           "quantize",
           [](const Kernels& k, uintptr_t weight, int64_t out, int64_t in, int64_t row_bytes, int64_t group,
              int64_t groups, Dtype dtype, bool zero, Scale scale_kind, Dtype zero_kind, uintptr_t levels, int count,
-             uintptr_t codes, uintptr_t scales, uintptr_t zeros, uintptr_t bad, const Place& place) {
-            k.quantize({pointer<const void>(weight), out, in, row_bytes, group, groups, dtype, zero, scale_kind,
-                        zero_kind, pointer<const float>(levels), count, pointer<uint8_t>(codes), pointer<void>(scales),
-                        pointer<void>(zeros), pointer<int64_t>(bad), place});
+             uintptr_t factors, int factor_count, uintptr_t importance, uintptr_t codes, uintptr_t scales,
+             uintptr_t zeros, uintptr_t bad, const Place& place) {
+            k.quantize({pointer<const void>(weight),
+                        out,
+                        in,
+                        row_bytes,
+                        group,
+                        groups,
+                        dtype,
+                        zero,
+                        scale_kind,
+                        zero_kind,
+                        pointer<const float>(levels),
+                        count,
+                        pointer<const float>(factors),
+                        factor_count,
+                        pointer<const float>(importance),
+                        pointer<uint8_t>(codes),
+                        pointer<void>(scales),
+                        pointer<void>(zeros),
+                        pointer<int64_t>(bad),
+                        place});
           },
           py::kw_only(), "weight"_a, "out"_a, "in_"_a, "row_bytes"_a, "group"_a, "groups"_a, "dtype"_a, "zero"_a,
-          "scale_kind"_a, "zero_kind"_a, "levels"_a, "count"_a, "codes"_a, "scales"_a, "zeros"_a, "bad"_a, "place"_a,
-          Released())
+          "scale_kind"_a, "zero_kind"_a, "levels"_a, "count"_a, "factors"_a, "factor_count"_a, "importance"_a,
+          "codes"_a, "scales"_a, "zeros"_a, "bad"_a, "place"_a, Released())
       .def(
           "dequantize",
           [](const Kernels& k, const Weight& weight, int64_t row0, int64_t row1, int64_t col0, int64_t col1,

@@ -26,6 +26,8 @@ def main() -> None:
         table = kernels._table_of(fmt, "cuda")
         weight = torch.randn(SHAPE)
         native.quantize(weight.to(device), fmt, *table)
+        importance = torch.rand(width, device=device)
+        native.quantize(weight.to(device), fmt, *table, search=True, importance=importance)
         on_cpu = quantize(weight, fmt)
         q = replace(on_cpu, **{name: tensor.to(device) for name, tensor in on_cpu.tensors().items()})
         for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -54,6 +54,34 @@ def test_quantize_a_real_layer(fmt, poisoned):
     assert_quantizes_as_the_reference(torch.randn(REAL, dtype=torch.bfloat16), fmt)
 
 
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_a_search_is_as_good_as_the_reference(fmt, poisoned):
+    """To what fp32 sums in another order may lose; the same bits every time."""
+    for shape, dtype in each_dtype_where_it_matters(((7, 129), (2, 2100), (515, 64))):
+        weight = sample(shape, dtype)
+        for importance in (None, torch.rand(shape[1]).pow(6)):
+            best = reference.quantize(weight, fmt, True, importance)
+            again, (packed, scales, zeros, bad) = (
+                kernels.quantize(
+                    there(weight), fmt, OWN, search=True, importance=None if importance is None else there(importance)
+                )
+                for _ in range(2)
+            )
+            assert bad == -1
+            assert torch.equal(again[0], packed)
+            assert torch.equal(again[1], scales)
+            scales, zeros = here(scales), None if zeros is None else here(zeros)
+            codes = reference.encode(weight, scales, zeros, fmt)
+            assert torch.equal(here(packed), reference.pack(codes, fmt))
+            ours, theirs = (
+                sum_groups((weight.double() - reference.dequantize(*found, fmt).double()).square()
+                           * (1 if importance is None else importance.double()), fmt)
+                for found in ((codes, scales, zeros), best)
+            )  # fmt: skip
+            assert (ours <= (1 + 1e-5) * theirs).all()
+            assert (scales.float() == best[1]).float().mean() >= 0.98
+
+
 @pytest.mark.parametrize("fmt", FEW, ids=str)
 def test_quantize_at_the_edges_of_fp32(fmt):
     """Ties between levels and values one step from a tie, from large to subnormal, and a row of one value."""

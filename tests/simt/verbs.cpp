@@ -79,6 +79,8 @@ void Arrays::weight(const qft::Weight& w, int64_t row0, int64_t row1) const {
 void declare(Arrays& arrays, const qft::QuantizeArgs& a) {
   const int64_t count = a.out * a.groups;
   arrays.input(a.weight, a.out * a.in * bytes_of(a.dtype), "weight");
+  arrays.input(a.factors, a.factor_count * 4, "factors");
+  arrays.input(a.importance, a.in * 4, "importance");
   arrays.output(a.codes, a.out * a.row_bytes, "codes");
   arrays.output(a.scales, count * (a.scale_kind == qft::Scale::dq ? 4 : bytes_of(a.scale_kind)), "scales");
   arrays.output(a.zeros, count * bytes_of(a.zero_kind), "zeros");

@@ -30,6 +30,14 @@ static inline void store_as(void* p, int64_t i, Vec value, Dtype dtype) {
   dtype == Dtype::bf16 ? store_bf16(half, value) : store_f16(half, value);
 }
 
+// fp32 values as they come back from memory
+static inline Vec as_stored(Vec value, Dtype dtype) {
+  if (dtype == Dtype::f32) return value;
+  uint16_t halves[16];
+  store_as(halves, 0, value, dtype);
+  return load_as(halves, 0, dtype);
+}
+
 // p[first .. first + count) -> fp32, zeros up to `padded`
 static inline void read_run(const void* p, int64_t first, int64_t count, Dtype dtype, float* to, int64_t padded) {
   int64_t i = 0;

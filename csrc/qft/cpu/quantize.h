@@ -1,22 +1,11 @@
-// quantize: three passes over a row that stays in the cache: the bounds of each group, its scale, its codes.
+// quantize: three passes over a row that stays in the cache: the bounds of each group, its scale, its codes. Between
+// the last two a scale may be searched for.
 #pragma once
 
-#include "qft/cpu/arrays.h"
-#include "qft/decode.h"
+#include "qft/cpu/search.h"
 #include "qft/encode.h"
-#include "qft/launch.h"
 
 namespace qft::QFT_ISA {
-
-static inline float abs(float a) { return a < 0 ? -a : a; }
-
-// fp32 value of a scale or zero point as it will be stored
-static inline float as_stored(float value, Dtype dtype) {
-  return dtype == Dtype::f32 ? value : dtype == Dtype::bf16 ? from_bf16(to_bf16(value)) : from_f16(to_f16(value));
-}
-
-// The smallest scale whose reciprocal is finite and normal; a group below it is a group of zeros.
-constexpr float kSmallestScale = 1.17549435e-38f;
 
 // What a thread keeps of the row at hand: weights padded with zeros, and per group the bounds, then what codes need.
 struct QuantizeScratch {
@@ -44,16 +33,19 @@ static inline bool find_bounds(const QuantizeArgs& a, const float* row, const Qu
 }
 
 template <class F>
+static inline float absmax_scale(const QuantizeArgs& a, const Codebook& book, float low, float high) {
+  const float extreme = high > -low ? high : low;  // of largest magnitude; on a tie the negative one
+  return a.zero              ? (high - low) / static_cast<float>((1 << F::bits) - 1)
+         : book.signed_scale ? extreme / book.anchor
+                             : abs(extreme) / abs(book.anchor);
+}
+
+template <class F>
 static inline void set_scales(const QuantizeArgs& a, const Codebook& book, int64_t o, const QuantizeScratch& s) {
   constexpr float top = static_cast<float>((1 << F::bits) - 1);
-  const Dtype stored = a.scale_kind == Scale::dq ? Dtype::f32 : static_cast<Dtype>(a.scale_kind);
+  const Dtype stored = scale_dtype(a);
   for (int64_t g = 0; g < a.groups; g++) {
-    const float low = s.low.data[g], high = s.high.data[g];
-    const float extreme = high > -low ? high : low;  // of largest magnitude; on a tie the negative one
-    float scale = a.zero              ? (high - low) / top
-                  : book.signed_scale ? extreme / book.anchor
-                                      : abs(extreme) / abs(book.anchor);
-    scale = as_stored(scale, stored);
+    const float scale = as_stored(absmax_scale<F>(a, book, s.low.data[g], s.high.data[g]), stored);
     const bool empty = abs(scale) < kSmallestScale;
     s.inverse.data[g] = empty ? 0 : 1 / scale;
     write(a.scales, o * a.groups + g, empty ? 0 : scale, stored);
@@ -67,16 +59,28 @@ static inline void set_scales(const QuantizeArgs& a, const Codebook& book, int64
   }
 }
 
+template <class F>
+static inline void search_scales(const QuantizeArgs& a, const Codebook& book, int64_t o, const float* row,
+                                 const QuantizeScratch& s, const ScaleSearch<F>& search) {
+  for (int64_t g = 0; g < a.groups; g++) {
+    const int64_t first = g * a.group, last = g + 1 == a.groups ? a.in : first + a.group;
+    const float zero_point = a.zero ? s.zero_point.data[g] : 0;
+    const float scale =
+        search.best(row, first, last, absmax_scale<F>(a, book, s.low.data[g], s.high.data[g]), zero_point);
+    if (scale == 0) continue;
+    s.inverse.data[g] = 1 / scale;
+    write(a.scales, o * a.groups + g, scale, scale_dtype(a));
+  }
+}
+
 // codes of 16 weights, one byte each
 template <class F>
 static inline void encode16(const Codebook& book, const float* weights, Vec inverse, Vec zero_point, bool zero,
                             uint8_t* codes) {
   const Vec scaled = mul(load(weights), inverse);
   if constexpr (F::kind == Levels::integer) {
-    const float low = zero ? 0 : -static_cast<float>(1 << (F::bits - 1)),
-                high = low + static_cast<float>((1 << F::bits) - 1);
-    const Vec whole = add(round(scaled), zero_point);
-    store_bytes(codes, to_codes(sub(max(min(whole, broadcast(high)), broadcast(low)), broadcast(low))));
+    const Vec low = broadcast(lowest_integer<F>(zero));
+    store_bytes(codes, to_codes(sub(nearest_integer<F>(scaled, zero_point, low), low)));
   } else {
     store_bytes_through(codes, rank<F::bits>(scaled, book.midpoints), book.code_of_rank);
   }
@@ -116,7 +120,8 @@ static inline void set_codes(const QuantizeArgs& a, const Codebook& book, const 
 
 // -1, or the flat index of the row's first weight that is not finite
 template <class F>
-static int64_t quantize_row(const QuantizeArgs& a, const Codebook& book, int64_t o, const QuantizeScratch& s) {
+static int64_t quantize_row(const QuantizeArgs& a, const Codebook& book, int64_t o, const QuantizeScratch& s,
+                            const ScaleSearch<F>& search) {
   const float* row = s.buffer.data;
   if (a.dtype == Dtype::f32 && a.in % kSub == 0)
     row = static_cast<const float*>(a.weight) + o * a.in;
@@ -126,6 +131,7 @@ static int64_t quantize_row(const QuantizeArgs& a, const Codebook& book, int64_t
     for (int64_t j = 0; j < a.in; j++)
       if ((bits_of(row[j]) & 0x7f800000u) == 0x7f800000u) return o * a.in + j;
   set_scales<F>(a, book, o, s);
+  if (a.factors) search_scales<F>(a, book, o, row, s, search);
   set_codes<F>(a, book, row, s, a.codes + o * a.row_bytes);
   return -1;
 }
@@ -137,9 +143,10 @@ static void quantize(const QuantizeArgs& a) {
 #pragma omp parallel num_threads(a.place.threads)
   {
     const QuantizeScratch scratch(a);
+    const ScaleSearch<F> search(a, book);
 #pragma omp for schedule(static) reduction(min : bad)
     for (int64_t o = 0; o < a.out; o++) {
-      const int64_t at = quantize_row<F>(a, book, o, scratch);
+      const int64_t at = quantize_row<F>(a, book, o, scratch, search);
       if (at >= 0 && at < bad) bad = at;
     }
   }

@@ -1,45 +1,13 @@
-// quantize: the bounds of each group, its scale, its codes, by the same steps in the same order as on the CPU.
+// quantize: the bounds of each group, its scale, its codes, by the same steps in the same order as on the CPU; but the
+// errors of a scale search are summed in the order of the lanes.
 #pragma once
 
 #include <cstdint>
 
-#include "qft/cuda/code.cuh"
-#include "qft/cuda/groups.cuh"
+#include "qft/cuda/group_scale.cuh"
 #include "qft/cuda/pack.cuh"
-#include "qft/cuda/vectors.cuh"
-#include "qft/cuda/warps.cuh"
 
 namespace qft::QFT_ISA {
-
-// The smallest scale whose reciprocal is finite and normal; a group below it is a group of zeros.
-constexpr float kSmallestNormal = 1.17549435e-38f;
-
-// What codes of a group are computed from.
-struct GroupScale {
-  float inverse, zero_point;
-};
-
-// From ranks among the levels to codes, and the midpoints that decide ranks.
-struct Ranks {
-  float midpoints[16];
-  uint32_t code_of_rank[16];
-};
-
-__device__ __forceinline__ void fill_ranks(Ranks& ranks, const Codebook& book) {
-  for (unsigned rank = 0; rank < 16; rank++)  // no index by a register: it would put a copy on the stack
-    if (threadIdx.x == rank) {
-      ranks.midpoints[rank] = book.midpoints[rank];
-      ranks.code_of_rank[rank] = book.code_of_rank[rank];
-    }
-  __syncthreads();
-}
-
-// fp32 value of a scale or zero point as it will be stored
-__device__ __forceinline__ float as_stored(float value, Dtype dtype) {
-  return dtype == Dtype::f32    ? value
-         : dtype == Dtype::bf16 ? to_float(from_float<__nv_bfloat16>(value))
-                                : to_float(from_float<__half>(value));
-}
 
 // Keeps the least flat index of a weight that is not finite, whatever the order threads find them in.
 __device__ __forceinline__ void note_not_finite(const float (&weights)[kRecord], int64_t index, int64_t* bad) {
@@ -52,54 +20,6 @@ __device__ __forceinline__ void note_not_finite(const float (&weights)[kRecord],
   atomicMin(reinterpret_cast<unsigned long long*>(bad), static_cast<unsigned long long>(index + first));
 }
 
-// From the bounds of a group, 0 included; its first lane writes the scale and zero point.
-template <class F>
-__device__ __forceinline__ GroupScale set_scale(const QuantizeArgs& a, const Codebook& book, int64_t at, bool leads,
-                                                float low, float high) {
-  constexpr float top = static_cast<float>((1 << F::bits) - 1);
-  const Dtype stored = a.scale_kind == Scale::dq ? Dtype::f32 : static_cast<Dtype>(a.scale_kind);
-  const float extreme = high > -low ? high : low;  // of largest magnitude; on a tie the negative one
-  const float exact = a.zero              ? (high - low) / top
-                      : book.signed_scale ? extreme / book.anchor
-                                          : fabsf(extreme) / fabsf(book.anchor);
-  const float scale = as_stored(exact, stored);
-  const bool empty = fabsf(scale) < kSmallestNormal;
-  GroupScale group = {empty ? 0 : 1 / scale, 0};
-  if (a.zero) group.zero_point = fminf(rintf(-low * group.inverse), top);
-  if (leads) {
-    write(a.scales, at, empty ? 0 : scale, stored);
-    if (a.zero) write(a.zeros, at, group.zero_point, a.zero_kind);
-  }
-  return group;
-}
-
-// Nearest integer, ties to even, in two additions; exact below 2^22, and what is larger stays so.
-__device__ __forceinline__ float round_to_even(float a) { return (a + 0x1.8p23f) - 0x1.8p23f; }
-
-// Integer code of a weight divided by its scale.
-template <class F>
-__device__ __forceinline__ uint32_t round_to_code(float scaled, float zero_point, bool zero) {
-  const float low = zero ? 0 : -static_cast<float>(1 << (F::bits - 1)),
-              high = low + static_cast<float>((1 << F::bits) - 1);
-  const float level = fmaxf(fminf(round_to_even(scaled) + zero_point, high), low);
-  return __float_as_uint(level + (0x1p23f - low)) & 0xffu;  // an integer added to 2^23 is the low bits of the sum
-}
-
-// Rank among the levels of a weight divided by its scale, ties going to the lower one: a binary search whose first two
-// steps find their midpoints among the kernel's arguments.
-template <class F>
-__device__ __forceinline__ uint32_t rank_of(float scaled, const Codebook& book, const Ranks& ranks) {
-  constexpr int half = F::levels / 2, quarter = F::levels / 4;
-  const bool upper = book.midpoints[half - 1] < scaled;
-  uint32_t rank = upper ? half : 0;
-  if constexpr (quarter > 0) {
-    if ((upper ? book.midpoints[half + quarter - 1] : book.midpoints[quarter - 1]) < scaled) rank += quarter;
-    for (int step = quarter / 2; step > 0; step /= 2)
-      if (ranks.midpoints[rank + step - 1] < scaled) rank += step;
-  }
-  return rank;
-}
-
 // The codes of a record of weights; `in_order`: ranks are codes.
 template <class F>
 __device__ __forceinline__ Record<F::bits> encode(const float (&weights)[kRecord], GroupScale scale, bool zero,
@@ -108,7 +28,7 @@ __device__ __forceinline__ Record<F::bits> encode(const float (&weights)[kRecord
   for (int k = 0; k < kRecord; k++) {
     const float scaled = weights[k] * scale.inverse;
     if constexpr (F::kind == Levels::integer)
-      record.set(k, round_to_code<F>(scaled, scale.zero_point, zero));
+      record.set(k, code_of<F>(round_to_level<F>(scaled, scale.zero_point, zero), zero));
     else
       record.set(k, rank_of<F>(scaled, book, ranks));
   }
@@ -125,7 +45,7 @@ __device__ __forceinline__ Record<F::bits> encode(const float (&weights)[kRecord
 // A lane takes a record of 32 codes at a time, so that what a group costs beside its codes is spread over many. Its
 // loads lie 64 or 128 bytes from its neighbours'; L1 keeps the sectors until all of them are used. Counted, not
 // measured.
-template <class F, class T>
+template <class F, class T, bool search>
 __global__ void __launch_bounds__(kThreads, 2)  // up to 128 registers: with 80 some spill
     quantize_kernel(QuantizeArgs a, const T* weight, Codebook book, bool in_order, GroupLanes lanes, bool aligned) {
   __shared__ Ranks ranks;
@@ -149,7 +69,13 @@ __global__ void __launch_bounds__(kThreads, 2)  // up to 128 registers: with 80 
       low = fminf(low, __shfl_xor_sync(kAllLanes, low, distance));
       high = fmaxf(high, __shfl_xor_sync(kAllLanes, high, distance));
     });
-    const GroupScale scale = set_scale<F>(a, book, at.row * a.groups + group.group, group.leads, low, high);
+    const float exact = absmax_scale<F>(a, book, low, high);
+    GroupScale scale = round_scale<F>(a, exact, low);
+    if constexpr (search) scale = search_scale<F>(a, lanes, group, row, aligned, weights, exact, scale, book, ranks);
+    if (group.leads) {
+      write(a.scales, at.row * a.groups + group.group, scale.scale, scale_dtype(a));
+      if (a.zero) write(a.zeros, at.row * a.groups + group.group, scale.zero_point, a.zero_kind);
+    }
 
     const bool again = group.last - group.first > lanes.pass();  // only the last pass is still at hand
     for (int64_t column = first; column < group.last; column += lanes.pass()) {
@@ -188,8 +114,9 @@ void quantize(const QuantizeArgs& a) {
   with_type(a.dtype, [&](auto number) {
     using T = decltype(number);
     const T* weight = static_cast<const T*>(a.weight);
-    launch(a.place, quantize_kernel<F, T>, grid_for(a.out, lanes.parts(), a.place.device), kThreads, 0, a, weight, book,
-           codes_ascend(book), lanes, rows_aligned(weight, a.in));
+    launch(a.place, a.factors ? quantize_kernel<F, T, true> : quantize_kernel<F, T, false>,
+           grid_for(a.out, lanes.parts(), a.place.device), kThreads, 0, a, weight, book, codes_ascend(book), lanes,
+           rows_aligned(weight, a.in));
   });
 }
 

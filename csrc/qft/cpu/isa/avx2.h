@@ -10,6 +10,7 @@ namespace qft::avx2 {
 
 constexpr int kTileOutputs = 1;  // outputs and rows of x that a matmul tile keeps in the 16 registers
 constexpr int kTileRows = 2;
+constexpr int kCandidates = 2;  // scales that a search tries at a time
 constexpr int kUnroll = 8;
 
 struct Vec {
@@ -29,6 +30,7 @@ static inline void store(float* p, Vec a) {
 static inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
 static inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
 static inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+static inline Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
 static inline Vec fma(Vec a, Vec b, Vec c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }

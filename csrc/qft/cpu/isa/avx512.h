@@ -10,6 +10,7 @@ namespace qft::avx512 {
 
 constexpr int kTileOutputs = 4;  // outputs and rows of x that a matmul tile keeps in the 32 registers
 constexpr int kTileRows = 4;
+constexpr int kCandidates = 8;  // scales that a search tries at a time
 constexpr int kUnroll = 8;
 
 using Vec = __m512;
@@ -22,6 +23,7 @@ static inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a); }
 static inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 static inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 static inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+static inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 static inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 static inline Vec min(Vec a, Vec b) { return _mm512_min_ps(b, a); }
 static inline Vec max(Vec a, Vec b) { return _mm512_max_ps(b, a); }
@@ -114,14 +116,15 @@ struct LaneScales {
   }
 };
 
-// binary search: a comparison per bit
+// binary search: a comparison per bit; each step has a table of its own, in which the rank so far finds its midpoint
 template <int bits>
 static inline Codes rank(Vec a, const float* midpoints) {
   const Vec mid = load(midpoints);
   Codes r = _mm512_setzero_si512();
   for (int half = 1 << (bits - 1); half; half /= 2) {
-    const Codes probe = _mm512_add_epi32(r, _mm512_set1_epi32(half - 1));
-    const __mmask16 above = _mm512_cmp_ps_mask(a, _mm512_permutexvar_ps(probe, mid), _CMP_GT_OQ);
+    const Codes lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const Vec probes = _mm512_permutexvar_ps(_mm512_add_epi32(lanes, _mm512_set1_epi32(half - 1)), mid);
+    const __mmask16 above = _mm512_cmp_ps_mask(a, _mm512_permutexvar_ps(r, probes), _CMP_GT_OQ);
     r = _mm512_mask_add_epi32(r, above, r, _mm512_set1_epi32(half));
   }
   return r;

@@ -11,7 +11,8 @@ namespace qft::scalar {
 
 constexpr int kTileOutputs = 1;  // outputs and rows of x of a matmul tile
 constexpr int kTileRows = 1;
-constexpr int kUnroll = 1;  // of the 8 vectors of a block: where registers hold them
+constexpr int kCandidates = 1;  // scales that a search tries at a time
+constexpr int kUnroll = 1;      // of the 8 vectors of a block: where registers hold them
 
 struct Vec {
   float lane[16];
@@ -44,6 +45,10 @@ static inline Vec sub(Vec a, Vec b) {
 }
 static inline Vec mul(Vec a, Vec b) {
   QFT_LANES a.lane[l] *= b.lane[l];
+  return a;
+}
+static inline Vec div(Vec a, Vec b) {
+  QFT_LANES a.lane[l] /= b.lane[l];
   return a;
 }
 static inline Vec fma(Vec a, Vec b, Vec c) {
