@@ -135,6 +135,22 @@ def test_the_first_turn_has_gptqs_codes_and_the_exact_fit():
     ]
 
 
+@pytest.mark.parametrize("alpha", [None, 3.0])
+def test_svd_first_rounds_what_the_adapter_does_not_hold(alpha):
+    """A weight whose leading part under S is too large for the format to hold beside the rest."""
+    w, s, held_out = layer(64, 96)
+    w += 8 * torch.randn(64, 4) @ torch.randn(4, 96)
+    scaling = 1.0 if alpha is None else alpha / 4
+    options = {"alpha": alpha, "second_moment": s, "quantizer": "absmax"}
+    first, then = cloq(w, "nf2 g32", 4, **options), cloq(w, "nf2 g32", 4, order="svd-first", **options)
+    assert error_of(w, then, held_out, scaling) < 0.5 * error_of(w, first, held_out, scaling)
+    root = torch.linalg.cholesky(s)
+    u, values, vt = torch.linalg.svd(w.double() @ root)
+    leading = (u[:, :4] * values[:4]) @ torch.linalg.solve_triangular(root, vt[:4], upper=False, left=False)
+    expected, _, _ = gptq((w - leading).float(), "nf2 g32", second_moment=s, quantizer="absmax")
+    assert (then[0].unpack() == expected.unpack()).double().mean() > 0.99  # but on a decision's boundary
+
+
 @pytest.mark.parametrize(("rank", "iters"), [(0, 3), (4, 0), (0, 0)])
 def test_without_rank_or_turns_cloq_is_gptq(rank, iters):
     w, s, _ = layer(33, 100)

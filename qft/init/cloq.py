@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ..format import Format
 from ..tensor import QuantTensor, quantize
-from .factors import idle_factors, lora_scaling, one_of, whole_number
+from .factors import ORDERS, balanced_factors, idle_factors, lora_scaling, one_of, whole_number
 from .gptq import Feedback, rounded
 from .quantizers import QUANTIZERS
 from .second_moment import full_matrix, output_error
 from .svd import seeded
-from .weighted import fitted_factors
+from .weighted import fitted_factors, weighted_low_rank
 
 
 def cloq(
@@ -25,6 +25,7 @@ def cloq(
     *,
     second_moment: Tensor | None = None,
     iters: int = 1,
+    order: str = "quantize-first",
     damp: float = 0.01,
     act_order: bool = False,
     quantizer: str = "search",
@@ -34,8 +35,9 @@ def cloq(
     """Find Q by `gptq` and scaling · B · A as `qera_exact` does, keeping the best of `iters` turns.
 
     A turn rounds W − scaling · B · A and fits B · A to W − Q. The first starts from B · A = 0: its codes are those of
-    `gptq`. CLoQ has one turn; more alternate as CALDERA does. The turn of least output error is returned, never worse
-    than the first. CLoQ's preprocessing of the weight (MagR) is left out.
+    `gptq`. CLoQ has one turn; more alternate as CALDERA does. Or the first starts from the best B · A for W itself
+    ("svd-first", as LQ-LoRA's): what the adapter holds need not be rounded. The turn of least output error is returned,
+    never worse than the first. CLoQ's preprocessing of the weight (MagR) is left out.
 
     Args:
         w: `[out, in]`, floating, finite.
@@ -44,6 +46,7 @@ def cloq(
         alpha: LoRA's alpha, positive; the rank where None, so that the scaling is 1.
         second_moment: S = E[x xᵀ], fp32 or float64 `[in, in]`.
         iters: turns, 0 or more; 0 is `gptq`.
+        order: "quantize-first" (the paper's) or "svd-first".
         damp, act_order, quantizer: as in `gptq`.
         on_step: called as on_step(turn, error) for turns 0, `gptq` alone, to `iters`, where error is
             sqrt(E‖(W − Q − scaling · B · A) x‖² / E‖W x‖²), see `output_error`. Without it one turn measures nothing.
@@ -56,6 +59,7 @@ def cloq(
         FormatError, TypeError, ValueError: as `qft.quantize` does; or an argument lies outside what is said above.
     """
     one_of(quantizer, QUANTIZERS, "quantizer")
+    one_of(order, ORDERS, "order")
     iters = whole_number(iters, "iters")
     shape = quantize(w, fmt, name=name).shape  # which refuses what is no weight
     rank = whole_number(rank, "rank", min(shape))
@@ -79,8 +83,10 @@ def cloq(
         if on_step or not turns:
             error_of(0, q, a, b)
         least = float("inf")
+        if turns and order == "svd-first":
+            a, b = balanced_factors(*weighted_low_rank(dense, moment, rank), scaling)
         for turn in range(1, turns + 1):
-            if turn > 1:
+            if turn > 1 or order == "svd-first":
                 q = rounded(torch.addmm(dense, b, a, alpha=-scaling), fmt, feedback, quantizer, name)
             a, b = fitted_factors(dense, q, moment, rank, scaling)
             error = error_of(turn, q, a, b)

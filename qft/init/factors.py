@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .svd import seeded
 
+ORDERS = ("quantize-first", "svd-first")  # of a turn that rounds and fits
+
 
 def idle_factors(
     shape: tuple[int, int], rank: int, device: torch.device, generator: torch.Generator | None = None

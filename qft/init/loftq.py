@@ -10,11 +10,9 @@ from torch import Tensor
 
 from ..format import Format
 from ..tensor import QuantTensor
-from .factors import idle_factors, lora_scaling, one_of, whole_number
+from .factors import ORDERS, idle_factors, lora_scaling, one_of, whole_number
 from .quantizers import LOFTQ_QUANTIZERS, quantized
 from .svd import METHODS, low_rank, seeded
-
-ORDERS = ("quantize-first", "svd-first")
 
 
 def loftq(
