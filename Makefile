@@ -22,8 +22,9 @@ $(READY): .venv/.torch $(SOURCES)
 demo: $(READY)
 	$(PY) -m qft demo
 
+# A file's tests stay together: what they share is made once.
 test: $(READY)
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 check: $(READY)
 	.venv/bin/ruff check .

@@ -1,4 +1,4 @@
-"""docs/ladder.md and its figure, written from bench/results/methods-*.json and nothing else."""
+"""docs/ladder.md, its figure and README's summary, written from bench/results/methods-*.json and nothing else."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ Rows = Sequence[dict[str, Any]]
 def publish(root: Path, check: bool = False) -> list[str]:
     """Bring the page and the figure up to date with the results; what differed, written unless `check`."""
     rows = methods.read()
-    page, image = root / "docs" / methods.PAGE.name, root / "docs" / methods.FIGURE
-    text = replace_block(page.read_text(), "ladder", body(rows))
+    image = root / "docs" / methods.FIGURE
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     differing = []
-    if page.read_text() != text:
-        differing.append(str(page.relative_to(root)))
-        if not check:
-            page.write_text(text)
+    for page, block in ((root / "docs" / methods.PAGE.name, body(rows)), (root / "README.md", verdicts(rows))):
+        text = replace_block(page.read_text(), "ladder", block)
+        if page.read_text() != text:
+            differing.append(str(page.relative_to(root)))
+            if not check:
+                page.write_text(text)
     if not image.is_file() or digest.encode() not in image.read_bytes():
         differing.append(str(image.relative_to(root)))
         if not check:
@@ -38,7 +39,7 @@ def body(rows: Rows) -> str:
     parts = [verdicts(rows)]
     bar = _of(rows, None, "dense", methods.RANK)
     parts.append(
-        f"Medians of {len(methods.SEEDS)} seeds, least and greatest in brackets. Dense model, LoRA of rank "
+        f"Medians over the seeds, least and greatest in brackets. Dense model, LoRA of rank "
         f"{methods.RANK}: {_spread(bar, 'before')} → {_spread(bar, 'after')} on the new domain, "
         f"{_spread(bar, 'own_before')} → {_spread(bar, 'own_after')} on its own."
     )
@@ -63,9 +64,9 @@ def ladder(rows: Rows, rank: int) -> str:
             lines.append((
                 f"`{fmt}`", start, _spread(found, "before"), _spread(found, "after"), f"{over:+.1f} %",
                 f"{_median(found, 'own_before'):.2f} → {_median(found, 'own_after'):.2f}",
-                f"{_median(found, 'bytes') / 1e6:.2f}", f"{_median(found, 'start_seconds'):.1f}",
+                f"{_median(found, 'bytes') / 1e6:.2f}", f"{_median(found, 'start_seconds'):.1f}", str(len(found)),
             ))  # fmt: skip
-    head = ("format", "start", "before", "after", "over dense", "own domain", "stored MB", "start, s")
+    head = ("format", "start", "before", "after", "over dense", "own domain", "stored MB", "start, s", "seeds")
     return table(head, lines)
 
 

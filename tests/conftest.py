@@ -10,9 +10,11 @@ import torch
 
 @pytest.fixture(scope="session", autouse=True)
 def kernel_cache(tmp_path_factory):
-    """Kernels compiled by the tests go to a folder of the session, never to the user's cache."""
+    """Kernels compiled by the tests go to a folder of the run, never to the user's cache; parallel workers share it."""
     with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("kernels")
+        base = tmp_path_factory.getbasetemp()
+        folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"
+        folder.mkdir(exist_ok=True)
         patch.setenv("QFT_CACHE", str(folder))
         yield folder
 
