@@ -1,5 +1,6 @@
 """What every test has: a fixed seed, a kernel cache of its own, and outputs that show what was not written."""
 
+import json
 import os
 import subprocess
 import sys
@@ -68,3 +69,30 @@ def python():
         return done.stdout
 
     return run
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call the `qft` command in this process: (exit code, stdout, stderr)."""
+    from qft import cli
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["qft", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        out, err = capsys.readouterr()
+        return left.value.code, out, err
+
+    return call
+
+
+@pytest.fixture
+def result(run):
+    """The JSON that a `qft` command prints, which must be all it prints to stdout."""
+
+    def call(*words):
+        code, out, err = run(*words, "--json")
+        assert code == 0, err
+        return json.loads(out)
+
+    return call

@@ -1,13 +1,9 @@
 """qft calibrate, plan and quantize --plan, from one command to the next."""
 
-import json
-import sys
-
 import pytest
 import tiny_lm
 
 import qft
-from qft import cli
 from qft.calibration import Calibration
 from qft.plan import Plan
 
@@ -16,32 +12,6 @@ from qft.plan import Plan
 def one_thread(threads):
     """A model of this size is slower with more."""
     threads(1)
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Call the command in this process: (exit code, stdout, stderr)."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["qft", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        out, err = capsys.readouterr()
-        return left.value.code, out, err
-
-    return call
-
-
-@pytest.fixture
-def result(run):
-    """The JSON a command prints, which must be all it prints to stdout."""
-
-    def call(*words):
-        code, out, err = run(*words, "--json")
-        assert code == 0, err
-        return json.loads(out)
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 import qft
-from qft import cli
 from qft.adapters.peft_format import describe_adapter, lora_factors, save_adapter
 from qft.compose.pairs import encoder_decoder_rows
 from qft.data import IGNORE
@@ -19,30 +18,6 @@ from qft.data import IGNORE
 def one_thread(threads):
     """A model of this size is slower with more."""
     threads(1)
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Call the command in this process: (exit code, stdout, stderr)."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["qft", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        out, err = capsys.readouterr()
-        return left.value.code, out, err
-
-    return call
-
-
-@pytest.fixture
-def result(run):
-    def call(*words):
-        code, out, err = run(*words, "--json")
-        assert code == 0, err
-        return json.loads(out)
-
-    return call
 
 
 @pytest.fixture
