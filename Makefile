@@ -38,6 +38,7 @@ bench: $(READY)
 # The ladder of starting points on the demo model: about four hours of one core, resumable.
 methods: $(READY)
 	$(PY) bench/methods.py --jobs $$(nproc)
+	$(PY) bench/methods_page.py
 
 # Every CUDA kernel compiled, with what nvcc says of its registers and spills; needs nvcc and no GPU.
 cuda: $(READY)

@@ -1,8 +1,8 @@
 """The ladder of starting points on the demo model: what each start costs and gains, before and after tuning.
 
-python bench/methods.py             runs what bench/results/methods-*.json lack, then writes the tables and the figure
-python bench/methods.py --jobs 4    the same, so many cases at a time, one thread each
-python bench/methods.py --page      runs nothing
+python bench/methods.py             runs what bench/results/methods-*.json lack
+python bench/methods.py --jobs 4    the same, so many cases at a time
+python bench/methods_page.py        writes the tables and the figure from what there is
 
 A case is one format, start, rank and seed. The seed picks the rows a start is calibrated on, the order of the training
 rows, and the adapters' random values. Its result is written as soon as it is there: a killed run goes on.
@@ -240,14 +240,8 @@ def run_missing(jobs: int, wanted: Iterable[Case]) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--page", action="store_true", help="run nothing, write the tables and the figure")
     parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
-    options = parser.parse_args(arguments)
-    if not options.page:
-        run_missing(options.jobs, cases())
-    import methods_page
-
-    methods_page.publish(ROOT)
+    run_missing(parser.parse_args(arguments).jobs, cases())
     return 0
 
 

@@ -1,4 +1,7 @@
-"""docs/ladder.md, its figure and README's summary, written from bench/results/methods-*.json and nothing else."""
+"""docs/ladder.md, its figure and README's summary, written from bench/results/methods-*.json and nothing else.
+
+python bench/methods_page.py
+"""
 
 from __future__ import annotations
 
@@ -148,3 +151,8 @@ def draw(rows: Rows, digest: str, path: Path) -> None:
     axis.legend(fontsize=8, title="start; dashed: dense", title_fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Source": digest})
+
+
+if __name__ == "__main__":
+    for name in publish(methods.ROOT):
+        print(f"wrote {name}")

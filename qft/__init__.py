@@ -12,6 +12,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .import_hook import when_imported
+
 if TYPE_CHECKING:
     from .adapters.glora import add_glora as add_glora
     from .adapters.glora import merge_glora as merge_glora
@@ -94,6 +96,8 @@ _HOME = {
 }
 
 __all__ = sorted(_HOME)
+
+when_imported("peft", lambda: import_module(".integrations.peft", __name__))  # installs itself
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 
 from . import kernels, ops
 from .format import DQ_BLOCK, INTEGERS, ZERO_DTYPE, Format, FormatError
-from .import_hook import when_imported
 from .reference import TORCH_DTYPE
 from .tensor import STORED, QuantTensor, quantize
 
@@ -305,6 +303,3 @@ def _empty(fmt: Format, out: int, in_features: int, device: torch.device | str |
         return QuantTensor(fmt, (out, in_features), codes, make(out, groups, dtype=TORCH_DTYPE[fmt.scale]), zeros)
     absmax, offset = make(math.ceil(out * groups / DQ_BLOCK), dtype=torch.float32), make(1, dtype=torch.float32)
     return QuantTensor(fmt, (out, in_features), codes, make(out, groups, dtype=torch.uint8), zeros, absmax, offset)
-
-
-when_imported("peft", lambda: import_module(".integrations.peft", __package__))  # installs itself

@@ -7,8 +7,8 @@ merged into it is quantized again in the layer's own format. The arithmetic of e
 
 How it gets in: `BaseTunerLayer.__new__`, the one place where every tuner layer of every method is made, looks whether
 the layer it will surround is a QuantLinear. (PEFT has no extension point for that: `LoraConfig._register_custom_module`
-serves LoRA alone, is not saved with the adapter, and has to be repeated at every load.) `qft.nn`, without which there
-is no QuantLinear, has this module imported once PEFT is, which installs it; `import qft` loads neither.
+serves LoRA alone, is not saved with the adapter, and has to be repeated at every load.) `import qft` has this
+module imported once PEFT is, which installs it, and loads neither.
 
 Where PEFT is too old or has changed too much, nothing is installed, which is said once. Then LoRA's merge still works:
 
