@@ -29,6 +29,7 @@ FIGURE = "figures/methods.png"
 EXAMPLES = ROOT / "examples"
 
 FORMATS = ("nf4 g64 f16", "nf3 g64 f16", "nf2 g64 f16", "lm2 g64 f16", "int2 g64 f16")
+PLAN = "plan 2.25"  # a format for each layer, as many stored bits as the 2-bit formats take
 STARTS = ("plain", "search", "loftq", "loftq_search", "qera_diag", "qera_exact", "cloq")
 TWO_BIT_STARTS = ("lqlora", "cloq_svd")  # both fit before they round
 SCALE_STARTS = ("plain", "search", "gptq")
@@ -54,7 +55,8 @@ COLORS = dict(
 
 @dataclass(frozen=True)
 class Case:
-    """One run. `format` None is the dense model with PEFT's LoRA; rank 0 trains the scales alone."""
+    """One run. `format` None is the dense model with PEFT's LoRA, PLAN what `qft.plan_bits` chooses; rank 0 trains the
+    scales alone."""
 
     format: str | None
     start: str
@@ -72,6 +74,7 @@ def cases() -> Iterator[Case]:
     for seed in SEEDS:
         for rank in (RANK, LOW_RANK):
             yield Case(None, "dense", rank, seed)
+            yield Case(PLAN, "cloq", rank, seed)
         for fmt in FORMATS:
             two_bits = TWO_BIT_STARTS if fmt.split()[0].endswith("2") else ()
             for start in (*STARTS, f"{RILQ_FROM} + rilq", *two_bits):
@@ -139,12 +142,16 @@ def run(case: Case) -> dict[str, Any]:
         model = dense_lora(model, case.rank)
     else:
         start, _, rilq = case.start.partition(" + ")
+        calibration = _calibration(model, start, case, material)
+        planned = case.format == PLAN
+        formats = qft.plan_bits(model, float(PLAN.split()[1]), calibration=calibration).formats if planned else None
         qft.quantize_model(
             model,
-            case.format,
+            None if planned else case.format,
             init=_start(start),
             rank=case.rank,
-            calibration=_calibration(model, start, case, material),
+            calibration=calibration,
+            formats=formats,
         )
         qft.train_only(model, what)
         if rilq:
@@ -197,7 +204,8 @@ def _calibration(model: Any, start: str, case: Case, material: Any) -> Any:
         return None
     draw = torch.Generator().manual_seed(case.seed)
     chosen = torch.randperm(len(material.train), generator=draw)[:CALIBRATION_ROWS].tolist()
-    return qft.calibrate(model, Examples([material.train[i] for i in chosen]), material.collate)
+    rows = Examples([material.train[i] for i in chosen])
+    return qft.calibrate(model, rows, material.collate, gradients=case.format == PLAN)
 
 
 def _rilq(model: Any, material: Any, case: Case) -> None:

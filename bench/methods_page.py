@@ -60,7 +60,7 @@ def ladder(rows: Rows, rank: int) -> str:
     dense = _of(rows, None, "dense", rank or methods.RANK)
     bar = statistics.median(row["after"] for row in dense)
     lines = []
-    for fmt in methods.FORMATS:
+    for fmt in (*methods.FORMATS, methods.PLAN):
         for start in dict.fromkeys(row["start"] for row in rows if row["format"] == fmt and row["rank"] == rank):
             found = _of(rows, fmt, start, rank)
             over = 100 * (_median(found, "after") / bar - 1)
