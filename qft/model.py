@@ -112,8 +112,8 @@ def quantize_model(
     """Replace the linear layers of a model by QuantLinear, in place, one at a time.
 
     nn.Linear and transformers' Conv1D are replaced. Left dense, with the reason in `report(model)`: the output head of
-    a language model (unless `formats` names it), weights shared with an embedding, subclasses of nn.Linear, and layers
-    whose parent reads `layer.weight` itself.
+    a language model and the heads of tasks, such as a classifier's (unless `formats` names them), weights shared with
+    an embedding, subclasses of nn.Linear, and layers whose parent reads `layer.weight` itself.
 
     Args:
         fmt: format of every layer that `formats` does not name; None leaves them dense.
@@ -290,6 +290,14 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     return getter() if callable(getter) else None
 
 
+def _heads(model: nn.Module) -> set[int]:
+    """Ids of a language model's output head and of all that a transformers model holds beside its base model: the
+    heads of tasks, which are new when fine-tuning begins and train whole."""
+    base = getattr(model, "base_model", model)
+    inside = set(map(id, base.modules()))
+    return {id(_output_head(model)), *(id(module) for module in model.modules() if id(module) not in inside)}
+
+
 def _find_targets(
     model: nn.Module, fmt: Format | None, skip: tuple[str, ...], formats: dict[str, Format]
 ) -> list[tuple[_Target, str]]:
@@ -312,14 +320,14 @@ def _find_targets(
                 f"{pattern!r} names no linear layer of {type(model).__name__}; its layers are {_examples(paths)}"
             )
 
-    head, found = _output_head(model), []
+    heads, found = _heads(model), []
     for path, module in model.named_modules():
         if not (isinstance(module, nn.Linear) or _is_conv1d(module)) or isinstance(module, QuantLinear):
             continue
         here = tuple((parent, name) for parent, name, _ in places.get(id(module), ()))
         named = next((f for pattern, f in formats.items() if matches(path, pattern)), None)
         target = _Target(path, module, named or fmt or ANY_FORMAT, here)
-        reason = _reason_to_skip(target, module is head, named is not None, skip, owners, model)
+        reason = _reason_to_skip(target, id(module) in heads, named is not None, skip, owners, model)
         if not (reason or named or fmt):
             reason = "not named in formats"
         found.append((target, reason))

@@ -264,3 +264,26 @@ def test_training_nothing_is_said_at_the_first_forward() -> None:
 def test_a_dense_model_cannot_be_prepared() -> None:
     with pytest.raises(ValueError, match=r"holds no quantized layer; call qft\.quantize_model first"):
         qft.prepare_for_training(llama())
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft reads it
+def test_a_tasks_new_head_stays_dense_and_trains_with_an_adapter() -> None:
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    config = transformers.LlamaConfig(**TINY, intermediate_size=96, num_key_value_heads=2, num_labels=3, pad_token_id=0)
+    model = qft.quantize_model(transformers.LlamaForSequenceClassification(config), "nf2 g64 f16")
+    (head,) = qft.report(model).dense
+    assert (head.path, "output head" in head.reason) == ("score", True)
+    tuned = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type=TaskType.SEQ_CLS))
+    before = tuned.base_model.model.score.modules_to_save["default"].weight.detach().clone()
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], 1e-2)
+    ids, labels = torch.randint(1, 96, (8, 12)), torch.arange(8) % 3
+    losses = []
+    for _ in range(8):
+        loss = tuned(input_ids=ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert not torch.equal(before, tuned.base_model.model.score.modules_to_save["default"].weight)
