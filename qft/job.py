@@ -56,7 +56,7 @@ class Start:
     init: str = "plain"
     rank: int = 16
     alpha: float | None = None
-    iters: int = 5
+    iters: int | None = None
     calibration: Path | None = None
     dropout: float = 0.0
     dtype: str = "auto"

@@ -100,7 +100,7 @@ def quantize_model(
     rank: int = 0,
     alpha: float | None = None,
     *,
-    iters: int = 5,
+    iters: int | None = None,
     calibration: Mapping[str, Tensor] | None = None,
     dropout: float = 0.0,
     rslora: bool = False,
@@ -122,7 +122,7 @@ def quantize_model(
             that returns what those do.
         rank: of the attached LoRA; 0 attaches none. A layer with fewer features than that takes what it can hold.
         alpha, dropout, rslora: as in `QuantLinear.add_lora`.
-        iters: steps of "loftq".
+        iters: turns of a start that has some ("loftq", "cloq", "lqlora"); None is its own default.
         calibration: E[x xᵀ] of each layer's inputs by path, as `qft.calibrate` measures it, for starts that use it.
         skip: layers to leave dense, each a path, a last name ("lm_head") or a glob over paths ("*.mlp.*").
         formats: formats by such a pattern; the first that matches wins.
@@ -142,6 +142,10 @@ def quantize_model(
     if not callable(init) and starts.NEEDS[init] != "none" and calibration is None:
         measure = "calibration=qft.calibrate(model, rows, collate)"
         raise ValueError(f"init={init!r} needs the layers' activations; pass {measure}")
+    if iters is not None and (callable(init) or "iters" not in _options_of(init)):
+        raise ValueError(
+            f"init={init!r} has no turns, and iters={iters} was given; leave it out, or take loftq or cloq"
+        )
     found = _find_targets(
         model,
         None if fmt is None else Format.parse(fmt),
@@ -198,7 +202,7 @@ def _quantized(
     init: str | Start,
     rank: int,
     alpha: float | None,
-    iters: int,
+    iters: int | None,
     calibration: Mapping[str, Tensor] | None,
     dropout: float,
     rslora: bool,
@@ -216,7 +220,10 @@ def _quantized(
     if callable(init):
         q, a, b = init(weight, target.fmt, held, alpha=folded, **moment)
     else:
-        options: dict[str, Any] = {"plain": {}, "loftq": {"iters": iters, "on_step": step}}.get(init, moment)
+        offered: dict[str, Any] = {**moment, **({} if iters is None else {"iters": iters})}
+        if init == "loftq":  # whose errors are the weight's, as a report's are
+            offered["on_step"] = step
+        options = {key: value for key, value in offered.items() if key in _options_of(init)}
         start: Start = getattr(starts, init)
         q, a, b = start(weight, target.fmt, held, alpha=folded if held else None, name=name, **options)
     layer = QuantLinear.from_quantized(q, target.module.bias)
@@ -225,6 +232,11 @@ def _quantized(
     if init != "loftq":
         step(0, _relative_error(weight, layer))
     return layer
+
+
+def _options_of(init: str) -> Mapping[str, Any]:
+    """What a start of `qft.init` takes, by name."""
+    return inspect.signature(getattr(starts, init)).parameters
 
 
 @torch.no_grad()

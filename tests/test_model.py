@@ -176,6 +176,7 @@ def test_formats_and_skip_by_pattern() -> None:
         ({"init": "lofq"}, "init='lofq' is unknown; use one of plain, search, loftq"),
         ({"init": "cloq", "rank": 4}, "init='cloq' needs the layers' activations; pass calibration=qft.calibrate"),
         ({"init": "cloq", "calibration": {}}, "the calibration holds nothing of "),
+        ({"init": "search", "iters": 3}, "init='search' has no turns, and iters=3 was given"),
         ({"rank": -1}, "rank=-1 is negative"),
         ({"skip": ["*"]}, "holds no linear layer to quantize"),
         ({"fmt": "nf5 g64"}, "nearest is 'nf4 g64 f32'"),
@@ -287,3 +288,20 @@ def test_a_tasks_new_head_stays_dense_and_trains_with_an_adapter() -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
     assert not torch.equal(before, tuned.base_model.model.score.modules_to_save["default"].weight)
+
+
+def test_turns_reach_every_start_that_has_some() -> None:
+    model, seen = llama(), []
+    layer = model.model.layers[0].self_attn.q_proj
+    moment = torch.eye(64) + 0.5
+    calibration = {path: torch.eye(m.in_features) + 0.5 for path, m in model.named_modules() if type(m) is nn.Linear}
+    for init in ("cloq", "lqlora"):
+        for turns in (None, 4):
+            packed = qft.quantize_model(copy.deepcopy(model), "nf2 g32", init, 4, iters=turns, calibration=calibration)
+            options = {} if turns is None else {"iters": turns}
+            q, a, b = getattr(qft.init, init)(layer.weight, "nf2 g32", 4, second_moment=moment, **options)
+            found = packed.model.layers[0].self_attn.q_proj
+            assert torch.equal(found.quant_tensor.codes, q.codes)
+            assert torch.equal(found.lora_A, a)
+            seen.append(b)
+    assert not torch.equal(seen[0], seen[1])

@@ -22,7 +22,7 @@ def finetune(
     init: Init = "plain",
     rank: Annotated[int, typer.Option(help="Rank of the LoRA, where the model has none yet.")] = 16,
     alpha: Alpha = None,
-    iters: Iters = 5,
+    iters: Iters = None,
     calibration: Calibrated = None,
     dropout: Annotated[float, typer.Option(help="Dropout of the LoRA's input while training.")] = 0.0,
     steps: Annotated[int, typer.Option(help="Optimizer steps; 0 takes them from --epochs.")] = 0,

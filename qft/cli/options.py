@@ -14,7 +14,7 @@ Dtype = Annotated[str, typer.Option(help="Of what is not quantized: auto, float3
 Init = Annotated[str, typer.Option(help="Where codes and LoRA start: plain, search, loftq, qera_exact, cloq, ...")]
 Calibrated = Annotated[Path | None, typer.Option(help="What qft calibrate wrote, for a start that uses activations.")]
 Alpha = Annotated[float | None, typer.Option(help="LoRA's alpha; left out, the rank.")]
-Iters = Annotated[int, typer.Option(help="LoftQ's alternating steps.")]
+Iters = Annotated[int | None, typer.Option(help="Turns of loftq, cloq or lqlora; left out, 5, 1 and 5.")]
 BlockSize = Annotated[int | None, typer.Option(help="Longest row, in tokens; left out, 256 or what the model holds.")]
 BatchSize = Annotated[int, typer.Option(help="Rows per forward pass.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

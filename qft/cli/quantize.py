@@ -23,7 +23,7 @@ def quantize(
     init: Init = "plain",
     rank: Annotated[int, typer.Option(help="Rank of the LoRA; 0 attaches none.")] = 0,
     alpha: Alpha = None,
-    iters: Iters = 5,
+    iters: Iters = None,
     calibration: Calibrated = None,
     skip: Annotated[list[str] | None, typer.Option(help="Leave layers of this name dense; can be repeated.")] = None,
     formats: Annotated[list[str] | None, typer.Option(help="For some: 'lm_head=int8 g64'; can be repeated.")] = None,

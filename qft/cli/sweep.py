@@ -23,7 +23,7 @@ def sweep(
     scales: Annotated[bool, typer.Option(help="Tune the scales alone as well (PEQA).")] = True,
     format: Annotated[str | None, typer.Option(help="Quantize a dense model first, for example 'nf4 g64 f32'.")] = None,
     init: Init = "plain",
-    iters: Iters = 5,
+    iters: Iters = None,
     calibration: Calibrated = None,
     alpha_per_rank: Annotated[float, typer.Option(help="LoRA's alpha as a multiple of its rank.")] = 1.0,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each run; 0 takes them from --epochs.")] = 0,
