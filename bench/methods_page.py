@@ -9,6 +9,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,11 @@ def body(rows: Rows) -> str:
 
 def ladder(rows: Rows, rank: int) -> str:
     """Every format and start at one rank."""
-    dense = _of(rows, None, "dense", rank or methods.RANK)
-    bar = statistics.median(row["after"] for row in dense)
     lines = []
     for fmt in (*methods.FORMATS, methods.PLAN):
         for start in dict.fromkeys(row["start"] for row in rows if row["format"] == fmt and row["rank"] == rank):
             found = _of(rows, fmt, start, rank)
-            over = 100 * (_median(found, "after") / bar - 1)
+            over = _over_dense(rows, found)
             lines.append((
                 f"`{fmt}`", start, _spread(found, "before"), _spread(found, "after"), f"{over:+.1f} %",
                 f"{_median(found, 'own_before'):.2f} → {_median(found, 'own_after'):.2f}",
@@ -86,11 +85,11 @@ def verdicts(rows: Rows) -> str:
         bar = _median(_of(rows, None, "dense", rank), "after")
         small = [row for row in rows if row["rank"] == rank and row["bits"] and row["bits"] <= 2.25]
         names = {(row["format"], row["start"]) for row in small}
-        best = min(names, key=lambda name: _median(_of(rows, *name, rank), "after"))
-        after = _median(_of(rows, *best, rank), "after")
+        best = min(names, key=lambda name: _over_dense(rows, _of(rows, *name, rank)))
+        over, after = _over_dense(rows, _of(rows, *best, rank)), _median(_of(rows, *best, rank), "after")
         said.append(
             f"- After tuning at rank {rank}, at most 2.25 stored bits: best is `{best[0]}` from {best[1]}, "
-            f"{after:.2f}, {100 * (after / bar - 1):+.2f} % over dense LoRA's {bar:.2f}."
+            f"{after:.2f}, {over:+.2f} % over dense LoRA's {bar:.2f}."
         )
     return "\n".join(said)
 
@@ -106,6 +105,12 @@ def _median(rows: Rows, name: str) -> float:
     return statistics.median(row[name] for row in rows)
 
 
+def _over_dense(rows: Rows, found: Rows) -> float:
+    """Per cent that tuned runs lie above the dense model's of their rank and seed: the median over seeds."""
+    bars = {row["seed"]: row["after"] for row in _of(rows, None, "dense", found[0]["rank"] or methods.RANK)}
+    return statistics.median(100 * (row["after"] / bars[row["seed"]] - 1) for row in found)
+
+
 def _spread(rows: Rows, name: str) -> str:
     values = [row[name] for row in rows]
     if max(values) - min(values) < 0.005:
@@ -114,41 +119,39 @@ def _spread(rows: Rows, name: str) -> str:
 
 
 def draw(rows: Rows, digest: str, path: Path) -> None:
-    """Perplexity against stored bits, a line per start, before and after tuning; the PNG names its results."""
+    """Perplexity before tuning, and above the dense model's after it, over stored bits; the PNG names its results."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullLocator
 
     figure = Figure(figsize=(10.5, 4.6), dpi=130, layout="constrained")
-    for axis, name, title in zip(
-        figure.subplots(1, 2),
-        ("before", "after"),
-        ("Before tuning", f"After {methods.STEPS} steps, rank 16"),
-        strict=True,
-    ):
+    before, after = figure.subplots(1, 2)
+    for axis, height in ((before, lambda found: _median(found, "before")), (after, partial(_over_dense, rows))):
         for start, color in methods.COLORS.items():
-            points = []
-            for fmt in methods.FORMATS:
-                if fmt.split()[0] in ("nf4", "nf3", "lm2"):
-                    found = _of(rows, fmt, start, methods.RANK)
-                    points.append((_median(found, "bits"), _median(found, name)))
-            axis.plot(*zip(*sorted(points), strict=True), "o-", color=color, label=start, markersize=4, linewidth=1.4)
-        for fmt, marker in (("nf2 g64 f16", "v"), ("int2 g64 f16", "s")):
-            for start, color in methods.COLORS.items():
-                found = _of(rows, fmt, start, methods.RANK)
-                axis.plot([_median(found, "bits") + (0.06 if marker == "v" else 0.12)], [_median(found, name)],
-                          marker, color=color, markersize=5, markerfacecolor="none")  # fmt: skip
-        dense = _median(_of(rows, None, "dense", methods.RANK), name)
-        axis.axhline(dense, color="#555555", linewidth=0.8, linestyle=(0, (4, 3)))
-        axis.set_yscale("log")
-        low, high = axis.get_ylim()
-        marks = [m for m in (29, 30, 31, 32, 34, 36, 40, 45, 50, 60, 80, 100, 140) if low < m < high]
-        axis.yaxis.set_major_locator(FixedLocator(marks))
-        axis.yaxis.set_minor_locator(NullLocator())
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.set_title(f"{title}: perplexity on the new domain", loc="left", fontsize=10)
-        axis.set_xlabel("stored bits per weight (lines: nf4, nf3, lm2; beside lm2: ▽ nf2, □ int2)", fontsize=9)
+            points = {fmt: _of(rows, fmt, start, methods.RANK) for fmt in methods.FORMATS}
+            at = {fmt.split()[0]: (_median(found, "bits"), height(found)) for fmt, found in points.items()}
+            line = [at[code] for code in ("lm2", "nf3", "nf4")]
+            axis.plot(*zip(*line, strict=True), "o-", color=color, label=start, markersize=4, linewidth=1.4)
+            for code, marker, aside in (("nf2", "v", 0.06), ("int2", "s", 0.12)):
+                axis.plot(at[code][0] + aside, at[code][1], marker, color=color, markersize=5, markerfacecolor="none")
+        planned = _of(rows, methods.PLAN, "cloq", methods.RANK)
+        axis.plot(_median(planned, "bits"), height(planned), "*", color=methods.COLORS["cloq"], markersize=11)
+        axis.set_xlabel(
+            "stored bits per weight (lines: nf4, nf3, lm2; beside lm2: ▽ nf2, □ int2; ★ bit plan, cloq)", fontsize=8
+        )
         axis.grid(color="#EEEEEE")
-    axis.legend(fontsize=8, title="start; dashed: dense", title_fontsize=8)
+    before.set_yscale("log")
+    before.yaxis.set_major_locator(FixedLocator([40, 45, 50, 60, 80, 100, 140]))
+    before.yaxis.set_minor_locator(NullLocator())
+    before.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    before.axhline(
+        _median(_of(rows, None, "dense", methods.RANK), "before"), color="#555555", linewidth=0.8, linestyle="--"
+    )
+    before.set_title("Before tuning: perplexity on the new domain (dashed: dense)", loc="left", fontsize=9)
+    after.axhline(0, color="#555555", linewidth=0.8, linestyle="--")
+    after.set_title(
+        f"After {methods.STEPS} steps, rank 16: per cent above the dense model, tuned alike", loc="left", fontsize=9
+    )
+    after.legend(fontsize=8, title="start", title_fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Source": digest})
 

@@ -64,6 +64,17 @@ def test_the_best_start_is_measured_against_the_dense_model_of_its_rank():
     assert "30.10, +50.50 % over dense LoRA's 20.00" in said
 
 
+def test_runs_are_measured_against_the_dense_run_of_their_seed():
+    """Fewer seeds must not look better for being the easy ones."""
+    made = rows()
+    for row in made:
+        row["after"] = (30.0 if row["format"] is None else 33.0) * (1 + row["seed"])
+    one = [
+        row for row in made if (row["format"], row["start"], row["rank"], row["seed"]) == ("nf4 g64 f16", "cloq", 16, 2)
+    ]
+    assert methods_page._over_dense(made, one) == pytest.approx(10)
+
+
 def test_what_was_not_run_is_named():
     with pytest.raises(ValueError, match=r"no run of None, dense, rank 16; run python bench/methods\.py"):
         methods_page.verdicts([row for row in rows() if row["format"]])
