@@ -190,7 +190,7 @@ def quantize_model(
             for parent, name in target.places:
                 setattr(parent, name, layer)
             advance(target.path)
-    if isinstance(_output_head(model), QuantLinear):
+    if isinstance(output_head(model), QuantLinear):
         cast(
             Any, model
         ).config.tie_word_embeddings = False  # a packed head is a matrix of its own; tying again would undo it
@@ -297,7 +297,8 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight.T if _is_conv1d(module) else weight
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer of a language model that gives logits, or None."""
     getter: Any = getattr(model, "get_output_embeddings", None)
     return getter() if callable(getter) else None
 
@@ -307,7 +308,7 @@ def _heads(model: nn.Module) -> set[int]:
     heads of tasks, which are new when fine-tuning begins and train whole."""
     base = getattr(model, "base_model", model)
     inside = set(map(id, base.modules()))
-    return {id(_output_head(model)), *(id(module) for module in model.modules() if id(module) not in inside)}
+    return {id(output_head(model)), *(id(module) for module in model.modules() if id(module) not in inside)}
 
 
 def _find_targets(

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from ..format import Format
-from ..model import is_linear
+from ..model import is_linear, output_head, weight_of
 from ..nn import QuantLinear
 from ..tensor import STORED
 
@@ -106,7 +106,7 @@ def cost(
     layers, others = _parts(model, fmt)
     blocks, hidden, width, vocabulary = _sizes(model)
     head = hidden * vocabulary
-    packed = sum(layer.out_features * layer.in_features for layer in layers if layer is not _output_head(model))
+    packed = sum(layer.out_features * layer.in_features for layer in layers if layer is not output_head(model))
     scales = sum(layer.quant_tensor.weight_scales.numel() for layer in layers)
     lora = sum(
         min(rank, layer.in_features, layer.out_features) * (layer.in_features + layer.out_features) for layer in layers
@@ -147,26 +147,19 @@ def _parts(model: nn.Module, fmt: Format | str | None) -> tuple[list[QuantLinear
     """The quantized layers, those of a dense model as they would be; and every other parameter once, LoRA excepted."""
     layers: list[QuantLinear] = []
     taken: set[int] = set()
-    head = _output_head(model)
+    head = output_head(model)
     for module in model.modules():
         if isinstance(module, QuantLinear):
             layers.append(module)
             names = (*STORED, "lora_A", "lora_B")
             taken |= {id(module._parameters[name]) for name in names if module._parameters.get(name) is not None}
         elif fmt is not None and is_linear(module) and module is not head:
-            weight: Any = module.weight
-            conv = not isinstance(module, nn.Linear)  # Conv1D stores the transpose
-            out, in_features = reversed(weight.shape) if conv else weight.shape
+            out, in_features = weight_of(module).shape
             layers.append(QuantLinear(in_features, out, fmt, bias=False, device="meta"))
-            taken.add(id(weight))
+            taken.add(id(module.weight))
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no quantized layer; name the fmt it would be quantized to")
     return layers, {id(p): p for p in model.parameters() if id(p) not in taken}
-
-
-def _output_head(model: Any) -> nn.Module | None:
-    head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
-    return head
 
 
 def _sizes(model: Any) -> tuple[int, int, int, int]:
