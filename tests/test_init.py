@@ -452,4 +452,6 @@ loftq(w, "nf2 g64", 32, 2, order="{order}")
 print(resident("VmHWM:") - before)
 """
         peaks[order] = int(python(program)) / (4 * shape[0] * shape[1])
-    assert max(peaks.values()) < 2.5, peaks  # half a matrix for two sets of packed codes, factors, float64 columns
+    # half a matrix for two sets of packed codes, factors, float64 columns; a quarter for what allocators keep, which
+    # differs from machine to machine (2.49 to 2.52 seen); a third dense matrix would make it 3.5
+    assert max(peaks.values()) < 2.75, peaks
