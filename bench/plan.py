@@ -30,10 +30,10 @@ from qft.calibration import Calibration
 from qft.demo import Texts, texts
 from qft.evaluate import perplexity
 from qft.measured_plan import LADDER
-from qft.model import quantizable
 from qft.plan import Candidate, Plan, Weight, choose, first_layers
 from qft.plan_figure import draw_plan
 from qft.pretrained import load_model
+from qft.targets import quantizable
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "bench" / "results" / "plan.json"

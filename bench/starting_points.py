@@ -28,8 +28,8 @@ from torch import Tensor
 import qft
 from qft.demo import texts
 from qft.init import NEEDS, output_error
-from qft.model import quantizable
 from qft.pretrained import load_model
+from qft.targets import quantizable
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "bench" / "results" / "starting-points.json"

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .data import IGNORE
-from .model import weight_of
 from .notices import say_once
+from .targets import weight_of
 
 Collate = Callable[[Sequence[Any]], Mapping[str, Tensor]]
 

@@ -26,7 +26,8 @@ from .activations import Batches, Collate, SecondMoment, Source, accumulate, sen
 from .checkpoint import refuse_to_overwrite, write_json
 from .files import replace_files, settle
 from .format import FormatError
-from .model import bar, quantizable, weight_of
+from .progress import bar
+from .targets import quantizable, weight_of
 from .tensor_file import Stored
 
 NAME = "calibration.json"

@@ -25,6 +25,12 @@ def dynamic_map() -> Tensor:
     return torch.cat([-means, means, torch.tensor([0.0, 1.0])]).sort().values
 
 
+@lru_cache(maxsize=16)
+def dynamic_map_on(device: torch.device) -> Tensor:
+    """The map on a device. Kept: a copy from the host may not be part of a CUDA graph."""
+    return dynamic_map().to(device)
+
+
 def encode(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of fp32 scales `[out, groups]`.
 
@@ -33,7 +39,7 @@ def encode(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scales minus their mean; the mean, fp32 `[1]`. A code steps to its neighbour where the nearest entry would turn
         a scale's sign.
     """
-    table = dynamic_map().to(scales.device)
+    table = dynamic_map_on(scales.device)
     offset = scales.mean()
     centred = (scales - offset).flatten()
     blocks = torch.nn.functional.pad(centred, (0, -centred.numel() % DQ_BLOCK)).view(-1, DQ_BLOCK)
@@ -60,6 +66,9 @@ def encode(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def decode(codes: Tensor, absmax: Tensor, offset: Tensor) -> Tensor:
     """fp32 scales `[out, groups]` of codes uint8 `[out, groups]`: map x absmax, rounded, plus the offset, rounded."""
-    table = dynamic_map().to(codes.device)
-    spread = absmax.repeat_interleave(DQ_BLOCK)[: codes.numel()].view(codes.shape)
-    return table[codes.long()] * spread + offset
+    return decode_each(codes, absmax.repeat_interleave(DQ_BLOCK)[: codes.numel()].view(codes.shape), offset)
+
+
+def decode_each(codes: Tensor, absmax: Tensor, offset: Tensor) -> Tensor:
+    """fp32 scales of codes under an absmax each, both of one shape."""
+    return dynamic_map_on(codes.device)[codes.long()] * absmax + offset

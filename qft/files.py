@@ -18,6 +18,7 @@ from pathlib import Path
 
 WRITING = ".qft-writing"  # being written: worthless until renamed
 WRITTEN = ".qft-written"  # whole, and newer than what lies beside it
+STREAMING = ".qft-streaming"  # of a model that is being quantized file by file; goes on where it was interrupted
 
 
 @contextmanager
@@ -48,15 +49,20 @@ def replace_files(directory: Path) -> Iterator[Path]:
     try:
         folder.mkdir()
         yield folder
-        for path in (*folder.rglob("*"), folder):
-            sync(path)
-        os.rename(folder, directory / WRITTEN)
+        commit(folder, directory)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         if made:
             with contextlib.suppress(OSError):  # someone else has put something there
                 directory.rmdir()
         raise
+
+
+def commit(folder: Path, directory: Path) -> None:
+    """Make the files of `folder`, somewhere in `directory`, appear in `directory` as one; the folder goes."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+    os.rename(folder, directory / WRITTEN)
     sync(directory)
     settle(directory)
 

@@ -1,6 +1,7 @@
 """Models on disk: a directory that is whole or not there, and that says of every byte what it must be.
 
-    model.safetensors        every Parameter and persistent buffer, tied ones once
+    model.safetensors        every Parameter and persistent buffer, tied ones once; of a model that was quantized file
+                             by file several, and model.safetensors.index.json (qft/streaming.py)
     qft.json                 what the model is made of (qft/manifest.py)
     config.json, generation_config.json     of a transformers model
     the tokenizer's files    if one was given
@@ -11,7 +12,6 @@ Nothing in a directory is executed, pickled, or looked up elsewhere.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,19 +22,16 @@ from torch import Tensor, nn
 
 from . import manifest as manifests
 from . import tensor_file
-from .adapters.adapted import AdaptedLinear
-from .adapters.scales import remember_scale, remembered_scale, rounded, rounding_error
+from .adapters.scales import rounded, rounding_error, store
+from .described import describe_layer, put_face, without_values
 from .files import digest, replace_files, settle
 from .format import FormatError
-from .manifest import Layer, Lora, Manifest
-from .model import is_linear
-from .nn import FloatFacingQuantLinear, QuantLinear
-from .tensor import STORED
-from .tensor_file import DTYPE_NAMES, DTYPES
+from .manifest import WEIGHTS, Layer, Manifest, Shard
+from .packed import Packed, weights_of
+from .skeleton import CONFIG, GENERATION, empty_model, read_config, transformers_class
+from .tensor_file import DTYPE_NAMES, DTYPES, Stored
 
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
-GENERATION = "generation_config.json"
+INDEX = "model.safetensors.index.json"  # which file holds which tensor, as transformers has it
 
 
 # ------------------------------------------------------------------------------------------------------------ save
@@ -55,45 +52,83 @@ def save(
         round_scales: write scales that were held in fp32 to train in the type they had before; the model keeps its own.
 
     Returns:
-        With `round_scales`, ||rounded - fp32|| / ||fp32|| of the scales of each QuantLinear by path; else nothing.
+        With `round_scales`, ||rounded - fp32|| / ||fp32|| of the scales of each quantized weight by path; else nothing.
 
     Raises:
         FormatError: a scale does not fit the type it had.
         ValueError: a tensor has no values (meta), or a module holds state that is no tensor.
-        TypeError: a QuantLinear of a class that qft does not know.
+        TypeError: a quantized layer of a class that qft does not know.
         OSError: the disk is full or the directory cannot be written.
     """
     directory = Path(directory)
     tensor_file.refuse_unstorable(dict(_tensors(model)))
     _refuse_extra_state(model)
-    layers = {path: module for path, module in _modules(model) if isinstance(module, QuantLinear)}
+    layers = {path: module for path, module in _modules(model) if isinstance(module, Packed)}
     errors: dict[str, float] = {}
-    as_stored: dict[QuantLinear, QuantLinear] = {}
+    as_stored: dict[Packed, Packed] = {}
+    first: dict[int, Packed] = {}
     for path, layer in layers.items() if round_scales else ():
         if layer not in as_stored:
-            as_stored[layer] = _rounded_twin(layer, path)
-        errors[path] = rounding_error(layer.quant_tensor, as_stored[layer].quant_tensor)
+            as_stored[layer] = _rounded_twin(layer, path, first)
+        for weight in weights_of(path, layer):
+            errors[weight.path] = rounding_error(weight.value, as_stored[layer].packed(weight.name))
     tensors, tied = _untie(dict(_tensors(model, as_stored)))
     with replace_files(directory) as folder:
-        older = _tokenizer_in(directory)
-        names = older if tokenizer is None else _save_tokenizer(tokenizer, folder)
-        _save_configs(model, folder)
-        made = Manifest(
-            architecture=type(model).__name__,
-            builds_itself=_is_transformers_own(model),
-            layers={path: _describe(as_stored.get(layer, layer), path) for path, layer in layers.items()},
-            tensors=tensor_file.write(folder / WEIGHTS, tensors, {"format": "pt"}),
-            tied=tied,
-            orders={name: order for name, tensor in tensors.items() if (order := _order(tensor))},
-            buffers={name: DTYPE_NAMES[buffer.dtype] for name, buffer in _rebuilt_buffers(model)},
-            files={name: digest(folder / name) for name in (CONFIG, GENERATION) if (folder / name).exists()},
-            tokenizer=names,
+        older = _saved_in(directory)
+        described = {path: describe_layer(as_stored.get(layer, layer), path) for path, layer in layers.items()}
+        stored = tensor_file.write(folder / WEIGHTS, tensors, {"format": "pt"})
+        orders = {name: order for name, tensor in tensors.items() if (order := memory_order(tensor))}
+        made = write_description(
+            model, folder, described, stored, tied, orders, tokenizer, older.tokenizer if older else ()
         )
-        (folder / manifests.NAME).write_bytes(made.to_json())
     # of an earlier save; qft.json no longer names them, so nothing depends on this
-    for name in {CONFIG, GENERATION, *older} - {*made.files, *made.tokenizer}:
+    stale = {CONFIG, GENERATION, INDEX, *(older.tokenizer if older else ()), *(older.shards if older else ())}
+    for name in stale - {WEIGHTS, *made.files, *made.tokenizer}:
         (directory / name).unlink(missing_ok=True)
     return errors
+
+
+def write_description(
+    model: nn.Module,
+    folder: Path,
+    layers: Mapping[str, Layer],
+    tensors: dict[str, Stored],
+    tied: dict[str, str],
+    orders: dict[str, tuple[int, ...]],
+    tokenizer: Any = None,
+    kept: tuple[str, ...] = (),
+    shards: Mapping[str, Shard] | None = None,
+) -> Manifest:
+    """Write all of a saved model but its tensors: configurations, tokenizer, and qft.json last.
+
+    Args:
+        model: whose configurations and buffers those are; its Parameters may have no values.
+        folder: to write to.
+        layers, tensors, tied, orders, shards: as in `Manifest`.
+        tokenizer: a transformers tokenizer, or None.
+        kept: names of the tokenizer's files where none is given: those that an earlier save left.
+    """
+    names = kept if tokenizer is None else _save_tokenizer(tokenizer, folder)
+    _save_configs(model, folder, layers)
+    made = Manifest(
+        architecture=type(model).__name__,
+        builds_itself=_is_transformers_own(model),
+        layers=dict(layers),
+        tensors=tensors,
+        tied=tied,
+        orders=orders,
+        buffers=buffer_dtypes(model),
+        files={name: digest(folder / name) for name in (CONFIG, GENERATION) if (folder / name).exists()},
+        tokenizer=names,
+        shards=dict(shards or {}),
+    )
+    (folder / manifests.NAME).write_bytes(made.to_json())
+    return made
+
+
+def stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What `save` writes of a model, in the order of its modules, and what is tied to it; values are not needed."""
+    return _untie(dict(_tensors(model)))
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -101,7 +136,7 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return model.named_modules(remove_duplicate=False)
 
 
-def _tensors(model: nn.Module, instead: dict[QuantLinear, QuantLinear] | None = None) -> Iterator[tuple[str, Tensor]]:
+def _tensors(model: nn.Module, instead: dict[Packed, Packed] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Parameters and persistent buffers, by path."""
     for path, module in _modules(model):
         holder = (instead or {}).get(module, module)  # type: ignore[call-overload]
@@ -115,7 +150,7 @@ def _rebuilt_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, module in _modules(model):
         for name in sorted(module._non_persistent_buffers_set):
             buffer = module._buffers.get(name)
-            if buffer is not None and buffer.is_floating_point() and not isinstance(module, QuantLinear):
+            if buffer is not None and buffer.is_floating_point() and not isinstance(module, Packed):
                 yield _join(path, name), buffer
 
 
@@ -125,45 +160,25 @@ def _untie(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str
     tied = {}
     for name, tensor in tensors.items():
         place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        key = place if tensor.numel() else id(tensor)
+        key = place if tensor.numel() and not tensor.is_meta else id(tensor)
         if first.setdefault(key, name) != name:
             tied[name] = first[key]
     return {name: tensor for name, tensor in tensors.items() if name not in tied}, tied
 
 
-def _order(tensor: Tensor) -> tuple[int, ...]:
+def memory_order(tensor: Tensor) -> tuple[int, ...]:
     """The dimensions from slowest to fastest in memory; nothing for a row-major tensor, or one with gaps."""
     strides = tensor.stride()
     order = tuple(sorted(range(tensor.dim()), key=lambda i: -strides[i]))
     return order if tensor.permute(order).is_contiguous() and not tensor.is_contiguous() else ()
 
 
-def _rounded_twin(layer: QuantLinear, path: str) -> QuantLinear:
-    """The layer with rounded scales, sharing everything else."""
+def _rounded_twin(layer: Packed, path: str, first: dict[int, Packed]) -> Packed:
+    """The layer with rounded scales, sharing everything else; `first` holds those over one weight, which stay so."""
     twin = copy.copy(layer)
     twin._parameters, twin._buffers = dict(layer._parameters), dict(layer._buffers)
-    twin.set_quantized(rounded(layer, path))
+    store(twin, rounded(layer, path), first)
     return twin
-
-
-def _describe(layer: QuantLinear, path: str) -> Layer:
-    if type(layer) not in (QuantLinear, FloatFacingQuantLinear):
-        way_out = layer.way_to_save if isinstance(layer, AdaptedLinear) else "convert the layer first"
-        raise TypeError(f"{path} is a {type(layer).__name__}; qft.save knows QuantLinear itself, {way_out}")
-    lora = None
-    if layer.lora_rank:
-        dropout = float(getattr(layer.lora_dropout, "p", 0.0))
-        lora = Lora(layer.lora_rank, float(layer.lora_alpha), float(layer.lora_scaling), dropout, layer.lora_pooled)
-    return Layer(
-        format=layer.format,
-        shape=(layer.out_features, layer.in_features),
-        bias=layer.bias is not None,
-        lora=lora,
-        faces=DTYPE_NAMES[layer.weight.dtype] if isinstance(layer, FloatFacingQuantLinear) else None,
-        stored_scale=remembered_scale(layer),
-        errors=tuple(map(float, layer.init_errors)),
-        dense_nbytes=layer.dense_nbytes or None,
-    )
 
 
 def _refuse_extra_state(model: nn.Module) -> None:
@@ -175,30 +190,43 @@ def _refuse_extra_state(model: nn.Module) -> None:
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> tuple[str, ...]:
+    before = set(folder.rglob("*"))
     tokenizer.save_pretrained(folder)
-    return tuple(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))
+    new = set(folder.rglob("*")) - before
+    return tuple(sorted(path.relative_to(folder).as_posix() for path in new if path.is_file()))
 
 
-def _tokenizer_in(directory: Path) -> tuple[str, ...]:
-    """Names of the tokenizer's files that an earlier save left; none where that save cannot be read."""
+def _saved_in(directory: Path) -> Manifest | None:
+    """What an earlier save left; None where that save cannot be read."""
     try:
-        return Manifest.read(directory).tokenizer
+        return Manifest.read(directory)
     except FormatError:  # this save replaces it
-        return ()
+        return None
+
+
+def buffer_dtypes(model: nn.Module) -> dict[str, str]:
+    """`Manifest.buffers` of a model."""
+    return {name: DTYPE_NAMES[buffer.dtype] for name, buffer in _rebuilt_buffers(model)}
 
 
 def _is_transformers_own(model: nn.Module) -> bool:
-    return type(model).__module__.startswith("transformers.") and _transformers_class(type(model).__name__) is type(
+    return type(model).__module__.startswith("transformers.") and transformers_class(type(model).__name__) is type(
         model
     )
 
 
-def _save_configs(model: nn.Module, folder: Path) -> None:
+def _save_configs(model: nn.Module, folder: Path, layers: Mapping[str, Layer]) -> None:
     config: Any = getattr(model, "config", None)
     generation: Any = getattr(model, "generation_config", None)
     if hasattr(config, "to_json_file"):
         config = copy.deepcopy(config)
         config.architectures = [type(model).__name__]
+        if isinstance(dtype := getattr(model, "dtype", None), torch.dtype):
+            config.dtype = dtype
+        if layers:
+            config.quantization_config = manifests.quantization_config(layers, buffer_dtypes(model))
+        elif hasattr(config, "quantization_config"):  # of an earlier life
+            del config.quantization_config
         config.to_json_file(folder / CONFIG)
     if hasattr(generation, "to_json_file"):
         generation.to_json_file(folder / GENERATION)
@@ -236,30 +264,33 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
             raise FormatError(f"{directory / name} is missing; copy the directory again, or save it anew")
         if digest(directory / name) != wanted:
             raise FormatError(f"{directory / name} has changed since it was written; copy it again, or save it anew")
-    if not (directory / WEIGHTS).is_file():
-        raise FormatError(f"{directory / WEIGHTS} is missing; copy the directory again, or save it anew")
+    for name in made.by_file():
+        if not (directory / name).is_file():
+            raise FormatError(f"{directory / name} is missing; copy the directory again, or save it anew")
     if model is None:
         model = _build(directory, made)
-    replacements = _replacements(directory, made, model)
+    replacements = without_values(directory, made.layers, model)
     slots = _slots(model, replacements)
     _check(directory, made, slots)
     _refuse_meta_buffers(model)
-    tensors = tensor_file.read(directory / WEIGHTS, made.tensors)
+    tensors: dict[str, Tensor] = {}
+    for file, held in made.by_file().items():
+        tensors |= tensor_file.read(directory / file, held)
     for path, layer in replacements.items():
         name = _join(path, "weight_format")
         spelling = bytes(tensors[made.tied.get(name, name)].tolist()).decode(errors="replace")
         if spelling != str(layer.format):
             raise FormatError(
-                f"{name} in {directory / WEIGHTS} spells {spelling!r}, {manifests.NAME} '{layer.format}'; save it anew"
+                f"{name} in {directory / made.file_of(name)} spells {spelling!r}, {manifests.NAME} "
+                f"'{layer.format}'; save it anew"
             )
     for name, order in made.orders.items():
         inverse = sorted(range(len(order)), key=order.__getitem__)
         tensors[name] = tensors[name].permute(order).contiguous().permute(inverse)
     _fill(slots, tensors, made.tied)
     for path, layer in replacements.items():
-        if faces := made.layers[path].faces:
-            FloatFacingQuantLinear.adopt(layer, DTYPES[faces])
-    _cast_buffers(model, made.buffers)
+        put_face(layer, made.layers[path].faces)
+    cast_buffers(model, made.buffers)
     return _put(model, replacements).eval()
 
 
@@ -277,89 +308,30 @@ class _Slot:
         return self.name in self.module._parameters
 
 
-def _transformers_class(name: str) -> Any:
-    """The model class of that name in transformers, or None."""
-    import transformers
-
-    kind = getattr(transformers, name, None)
-    return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else None
-
-
 def _build(directory: Path, made: Manifest) -> nn.Module:
     """The model's own skeleton: Parameters without values, buffers as its code makes them."""
     if not (made.builds_itself and CONFIG in made.files):
         raise FormatError(
             f"{directory} holds a {made.architecture}, which its files cannot build; call load(directory, model)"
         )
-    import transformers
-    from accelerate import init_empty_weights
-
-    kind = _transformers_class(made.architecture)
-    if kind is None:
-        raise FormatError(
-            f"{directory} holds a {made.architecture}, which transformers {transformers.__version__} does not have; "
-            "update transformers, or call load(directory, model)"
-        )
-    try:
-        # by class, never through Auto classes: those may run code that a config names
-        config = kind.config_class.from_dict(json.loads((directory / CONFIG).read_bytes()))
-        with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
-            model = kind(config)
-        if GENERATION in made.files:
-            model.generation_config = transformers.GenerationConfig.from_dict(
-                json.loads((directory / GENERATION).read_bytes())
-            )
-    except Exception as error:  # a constructor of another package raises what it likes
-        raise FormatError(
-            f"{directory / CONFIG} builds no {made.architecture} ({error}); save the model again"
-        ) from error
-    return model
+    config = read_config(directory)
+    config.pop("quantization_config", None)  # of the layers as they were saved: the manifest says the same
+    return empty_model(
+        directory,
+        made.architecture,
+        config,
+        generation=GENERATION in made.files,
+        dtype=torch.get_default_dtype(),  # Parameters have the files' dtypes, buffers those that the manifest says
+        way_out="save the model again",
+    )
 
 
-def _replacements(directory: Path, made: Manifest, model: nn.Module) -> dict[str, QuantLinear]:
-    """QuantLinear layers without values, for the paths where the directory has one."""
-    layers, way_out = {}, "give the skeleton it was saved from"
-    for path, entry in made.layers.items():
-        try:
-            old = model.get_submodule(path)
-        except AttributeError:
-            raise FormatError(f"{directory} quantizes {path}, which the model does not have; {way_out}") from None
-        shape = _linear_shape(old)
-        if shape != entry.shape:
-            theirs = f"is {type(old).__name__}" + (f" {list(shape)}" if shape else "")
-            raise FormatError(
-                f"{directory} quantizes {path} {list(entry.shape)}, which {theirs} in the model; {way_out}"
-            )
-        layers[path] = _without_values(entry)
-    return layers
-
-
-def _linear_shape(module: nn.Module) -> tuple[int, ...] | None:
-    """(out_features, in_features), or None if the module is not linear."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    return tuple(module._parameters["weight"].shape[::-1]) if is_linear(module) else None  # type: ignore[union-attr]
-
-
-def _without_values(entry: Layer) -> QuantLinear:
-    out, in_features = entry.shape
-    layer = QuantLinear(in_features, out, entry.format, bias=entry.bias, device="meta")
-    if lora := entry.lora:
-        width = entry.format.groups(in_features) if lora.pooled else in_features
-        a, b = torch.empty(lora.rank, width, device="meta"), torch.empty(out, lora.rank, device="meta")
-        layer.add_lora(lora.rank, lora.alpha, lora.dropout, A=a, B=b, pooled=lora.pooled)
-        layer.lora_scaling = lora.scaling
-    remember_scale(layer, entry.stored_scale)
-    layer.init_errors, layer.dense_nbytes = entry.errors, entry.dense_nbytes or 0
-    return layer
-
-
-def _slots(model: nn.Module, replacements: Mapping[str, QuantLinear]) -> dict[str, _Slot]:
+def _slots(model: nn.Module, replacements: Mapping[str, Packed]) -> dict[str, _Slot]:
     """The place of every Parameter and persistent buffer, by path."""
     slots = {}
     for path, module in _modules(model):
         holder = replacements.get(path, module)
-        weight = module._parameters.get("weight")
+        weight = next((p for p in module._parameters.values() if p is not None), None)
         for name, tensor in (*holder._parameters.items(), *holder._buffers.items()):
             if tensor is None or name in holder._non_persistent_buffers_set:
                 continue
@@ -386,12 +358,12 @@ def _check(directory: Path, made: Manifest, slots: Mapping[str, _Slot]) -> None:
     for name, slot in slots.items():
         first = made.tied.get(name, name)
         stored, now = made.tensors[first], slot.now
-        exact = isinstance(slot.module, QuantLinear) and slot.name in (*STORED, "weight_format")
+        exact = isinstance(slot.module, Packed) and slot.name in (*slot.module.stored, "weight_format")
         wanted = DTYPE_NAMES.get(now.dtype) if exact or not now.is_floating_point() else None
         fits = stored.dtype == wanted if wanted else stored.dtype in DTYPES and DTYPES[stored.dtype].is_floating_point
         if stored.shape != tuple(now.shape) or not fits:
             raise FormatError(
-                f"{name} in {directory / WEIGHTS} is {stored}, the model needs {wanted or 'floating'} "
+                f"{name} in {directory / made.file_of(name)} is {stored}, the model needs {wanted or 'floating'} "
                 f"{list(now.shape)}; give the skeleton it was saved from"
             )
         if served.setdefault((id(slot.module), slot.name), first) != first:
@@ -420,7 +392,7 @@ def _fill(slots: Mapping[str, _Slot], tensors: Mapping[str, Tensor], tied: Mappi
         home[slot.name] = placed[key]
 
 
-def _cast_buffers(model: nn.Module, dtypes: Mapping[str, str]) -> None:
+def cast_buffers(model: nn.Module, dtypes: Mapping[str, str]) -> None:
     """Give the buffers that the model's own code made the dtype they had when it was saved."""
     for name, buffer in list(_rebuilt_buffers(model)):
         path, _, leaf = name.rpartition(".")
@@ -428,7 +400,7 @@ def _cast_buffers(model: nn.Module, dtypes: Mapping[str, str]) -> None:
             model.get_submodule(path)._buffers[leaf] = buffer.to(DTYPES[dtypes[name]])
 
 
-def _put(model: nn.Module, replacements: Mapping[str, QuantLinear]) -> nn.Module:
+def _put(model: nn.Module, replacements: Mapping[str, Packed]) -> nn.Module:
     for path, layer in replacements.items():
         parent, _, name = path.rpartition(".")
         if not path:

@@ -6,16 +6,20 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from . import __version__
+from .files import STREAMING
 from .format import Format, FormatError
 from .tensor_file import DTYPES, Stored
 
 NAME = "qft.json"
-LAYOUT = 1  # of the directory; a reader refuses a later one
+METHOD = "qft"  # transformers' quant_method: what it prints where nobody has registered it
+LAYOUT = 2  # of the directory; a reader refuses a later one
+FIRST_LAYOUT = 1  # of a directory of linear layers whose tensors are all in WEIGHTS: what the first qft reads too
+WEIGHTS = "model.safetensors"
 T = TypeVar("T")
 
 
@@ -31,28 +35,54 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class Projection:
+    """One stack of weights of a QuantExperts: (experts, out_features, in_features), and errors as of a `Layer`."""
+
+    shape: tuple[int, ...]
+    errors: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class Layer:
-    """One QuantLinear.
+    """One QuantLinear, QuantEmbedding or QuantExperts.
 
     Attributes:
         format: of the stored tensors.
-        shape: (out_features, in_features).
+        shape: (out_features, in_features), (num_embeddings, embedding_dim), or that of the experts' first projection.
         bias: whether it has one.
         lora: the attached LoRA, or None.
-        faces: dtype its parent takes for the activations' (a `FloatFacingQuantLinear`), or None.
+        faces: dtype its parent takes for the activations' (a `FloatFacingQuantLinear`), or an embedding returns; None
+            for the rest.
         stored_scale: the scale type before training held the scales in fp32.
         errors: relative error of the layer's start, step by step, where known.
-        dense_nbytes: bytes of the weight before it was quantized, where known.
+        dense_nbytes: bytes of the weights before they were quantized, where known.
+        kind: "linear", "embedding" or "experts".
+        projections: of experts, by name.
     """
 
     format: Format
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     bias: bool
     lora: Lora | None = None
     faces: str | None = None
     stored_scale: str = "f32"
     errors: tuple[float, ...] = ()
     dense_nbytes: int | None = None
+    kind: str = "linear"
+    projections: dict[str, Projection] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> dict[str, Projection]:
+        """The weights it holds, by the names of their codes."""
+        return self.projections or {"weight": Projection(self.shape, self.errors)}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of several files of tensors: SHA-256 of the whole file, for whoever copies it, and the names in it."""
+
+    sha256: str
+    tensors: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -62,14 +92,15 @@ class Manifest:
     Attributes:
         architecture: name of the model's class.
         builds_itself: whether transformers can build that class from config.json.
-        layers: its QuantLinear layers, by path.
-        tensors: what model.safetensors holds, by name.
+        layers: its quantized layers, by path.
+        tensors: what is stored, by name.
         tied: tensors that are one with another: their names, and that one's.
         orders: of tensors that are not row-major in memory, their dimensions from slowest to fastest: matrix products
             round differently on another layout.
         buffers: dtype of the floating buffers that are in no file, by name.
         files: SHA-256 of the other files a load reads, by name.
         tokenizer: names of the tokenizer's files.
+        shards: the files that hold the tensors, by name; empty where model.safetensors holds all of them.
         version: the qft that saved it.
     """
 
@@ -82,12 +113,24 @@ class Manifest:
     buffers: dict[str, str]
     files: dict[str, str]
     tokenizer: tuple[str, ...] = ()
+    shards: dict[str, Shard] = field(default_factory=dict)
     version: str = __version__
+
+    def by_file(self) -> dict[str, dict[str, Stored]]:
+        """What each file of tensors holds."""
+        if not self.shards:
+            return {WEIGHTS: self.tensors}
+        return {file: {name: self.tensors[name] for name in shard.tensors} for file, shard in self.shards.items()}
+
+    def file_of(self, name: str) -> str:
+        """The file that holds a tensor, or the one it is tied to."""
+        return next(file for file, held in self.by_file().items() if self.tied.get(name, name) in held)
 
     def to_json(self) -> bytes:
         """The text of qft.json."""
-        layers = {path: asdict(layer) | {"format": str(layer.format)} for path, layer in self.layers.items()}
-        body = {"layout": LAYOUT} | asdict(self) | {"layers": layers}
+        plain = not self.shards and all(layer.kind == "linear" for layer in self.layers.values())
+        layout = FIRST_LAYOUT if plain else LAYOUT
+        body = {"layout": layout} | asdict(self) | {"layers": layers_to_json(self.layers)}
         return json.dumps(body | {"sha256": _digest(body)}, indent=1).encode()
 
     @staticmethod
@@ -115,7 +158,36 @@ class Manifest:
             raise FormatError(f"{path} is damaged; copy the directory again, or save it anew") from None
 
 
+def quantization_config(layers: Mapping[str, Layer], buffers: Mapping[str, str]) -> dict[str, Any]:
+    """The entry of that name in a transformers model's config.json: enough for `from_pretrained` to open the model.
+
+    `buffers` are those of `Manifest` that are not in fp32, as the model's code makes them.
+    """
+    return {
+        "quant_method": METHOD,
+        "open_with": "import qft, then from_pretrained; or qft.load (pip install qft)",
+        "version": __version__,
+        "layers": layers_to_json(layers),
+        "buffers": {name: dtype for name, dtype in buffers.items() if dtype != "F32"},
+    }
+
+
+def layers_to_json(layers: Mapping[str, Layer]) -> dict[str, dict[str, Any]]:
+    """Layers by path, as qft.json and config.json hold them."""
+    return {path: asdict(layer) | {"format": str(layer.format)} for path, layer in layers.items()}
+
+
+def layers_from_json(entries: Any, source: str) -> dict[str, Layer]:
+    """The reverse of `layers_to_json`. Raises FormatError, which names `source`, where the entries are damaged."""
+    try:
+        return {_is(str, path): _layer(entry) for path, entry in entries.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FormatError(f"{source} describes its quantized layers wrongly ({error!r}); save the model anew") from None
+
+
 def _no_manifest(directory: Path) -> str:
+    if (directory / STREAMING).is_dir():
+        return f"{directory} holds a model that qft quantize has not finished; repeat that command, and it goes on"
     if any(directory.glob("*.safetensors")) or any(directory.glob("*.bin")):
         return (
             f"{directory} holds weights but no {NAME}: it is a dense model, or an incomplete copy; load a dense one "
@@ -146,31 +218,56 @@ def _manifest(body: dict[str, Any]) -> Manifest:
         tensors=tensors,
         orders={name: _order(order, len(tensors[name].shape)) for name, order in body["orders"].items()},
         tokenizer=tuple(_inside(_is(str, name)) for name in body["tokenizer"]),
+        shards=_shards(body.get("shards", {}), tensors),
         version=_is(str, body["version"]),
         **texts,
     )
 
 
+def _shards(entries: dict[str, Any], tensors: Mapping[str, Stored]) -> dict[str, Shard]:
+    shards = {
+        _inside(_is(str, file)): Shard(_is(str, entry["sha256"]), tuple(_is(str, name) for name in entry["tensors"]))
+        for file, entry in entries.items()
+    }
+    held = [name for shard in shards.values() for name in shard.tensors]
+    if shards and sorted(held) != sorted(tensors):
+        raise ValueError(held)
+    return shards
+
+
 def _layer(entry: dict[str, Any]) -> Layer:
     fmt = Format.parse(entry["format"])
-    out, in_features = _sizes(entry["shape"])
-    faces = entry["faces"]
+    kind, faces, shape = _is(str, entry.get("kind", "linear")), entry["faces"], _sizes(entry["shape"])
+    if kind not in ("linear", "embedding", "experts") or len(shape) != (3 if kind == "experts" else 2):
+        raise ValueError(kind)
+    projections = {_is(str, name): _projection(each) for name, each in entry.get("projections", {}).items()}
+    if bool(projections) != (kind == "experts") or (kind == "embedding" and faces is None):
+        raise ValueError(kind)
     if faces is not None and not DTYPES[faces].is_floating_point:
         raise ValueError(faces)
     lora = entry["lora"]
+    if lora is not None and kind != "linear":
+        raise ValueError(lora)
     return Layer(
         format=fmt,
-        shape=(out, in_features),
+        shape=shape,
         bias=_is(bool, entry["bias"]),
-        lora=None if lora is None else _lora(lora, fmt, (out, in_features)),
+        lora=None if lora is None else _lora(lora, fmt, shape),
         faces=faces,
         stored_scale=replace(fmt, scale=_is(str, entry["stored_scale"])).scale,
         errors=tuple(_finite(error) for error in entry["errors"]),
         dense_nbytes=None if entry["dense_nbytes"] is None else _is(int, entry["dense_nbytes"]),
+        kind=kind,
+        projections=projections,
     )
 
 
-def _lora(entry: dict[str, Any], fmt: Format, shape: tuple[int, int]) -> Lora:
+def _projection(entry: dict[str, Any]) -> Projection:
+    count, out, in_features = _sizes(entry["shape"])
+    return Projection((count, out, in_features), tuple(_finite(error) for error in entry["errors"]))
+
+
+def _lora(entry: dict[str, Any], fmt: Format, shape: tuple[int, ...]) -> Lora:
     rank = _is(int, entry["rank"])
     alpha, scaling, dropout = (_finite(entry[name]) for name in ("alpha", "scaling", "dropout"))
     lora = Lora(rank, alpha, scaling, dropout, _is(bool, entry.get("pooled", False)))

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from .calibration import Calibration
 from .format import Format
 from .init.second_moment import ROWS, diagonal_of, weighted_square
-from .model import bar, quantizable, weight_of
 from .plan import Candidate, Plan, Weight, choose, first_layers
+from .progress import bar
+from .targets import quantizable, weight_of
 from .tensor import quantize
 
 LADDER = tuple(f"lm{bits} g{group} f16" for bits in (2, 3, 4) for group in (128, 64, 32))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .double_quant import dynamic_map
+from .double_quant import dynamic_map_on
 from .format import DQ_BLOCK, ZERO_DTYPE, Format
 from .reference import TORCH_DTYPE, search_factors
 
@@ -125,11 +125,6 @@ def _factors(fmt: Format, device: torch.device) -> Tensor:
     return torch.tensor(search_factors(fmt), dtype=torch.float32, device=device)
 
 
-@lru_cache(maxsize=16)
-def _dynamic_map(device: torch.device) -> Tensor:
-    return dynamic_map().contiguous().to(device)
-
-
 def check(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, name: str, device: torch.device) -> int:
     """Address of a contiguous tensor of this shape, dtype and device; ValueError or TypeError names what differs."""
     if tensor is None:
@@ -142,7 +137,9 @@ def check(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, nam
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} is not contiguous; pass {name}.contiguous()")
-    return tensor.data_ptr()
+    if (address := tensor.data_ptr()) or not tensor.numel():
+        return address
+    raise ValueError(f"{name} is sharded over ranks and has no memory of its own; take it from qft.gather_model(model)")
 
 
 def _device(isa: str, tensor: Tensor) -> torch.device:
@@ -175,7 +172,7 @@ def _weight(q: QuantTensor, device: torch.device) -> Any:
         zeros=stored("weight_zeros", (out, groups), zero_dtype, fmt.zero),
         absmax=stored("weight_scales_absmax", (blocks,), torch.float32, dq),
         offset=stored("weight_scales_offset", (1,), torch.float32, dq),
-        dynamic_map=_dynamic_map(device).data_ptr() if dq else 0,
+        dynamic_map=dynamic_map_on(device).data_ptr() if dq else 0,
         levels=_levels(fmt).data_ptr(),
         out=out,
         in_=in_features,

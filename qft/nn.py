@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import kernels, ops
-from .format import DQ_BLOCK, INTEGERS, ZERO_DTYPE, Format, FormatError
-from .reference import TORCH_DTYPE
+from .casts import in_stored_dtypes
+from .format import INTEGERS, Format, FormatError
+from .packed import Packed, empty, under_autocast
 from .tensor import STORED, QuantTensor, quantize
 
 _INTEGERS = f"quantize to {', '.join(INTEGERS)}"
 _ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class QuantLinear(nn.Linear):
+class QuantLinear(Packed, nn.Linear):
     """y = x Wt + bias + scaling * (dropout(x) At) Bt, with W packed.
 
     Parameters, named as in a file: `weight` uint8 `[out, row_bytes]` (frozen codes), `weight_scales` `[out, groups]`,
@@ -39,9 +39,9 @@ class QuantLinear(nn.Linear):
     bias: nn.Parameter | None  # type: ignore[assignment]  # nn.Linear's stub leaves None out
     lora_A: nn.Parameter | None  # noqa: N815  PEFT's names
     lora_B: nn.Parameter | None  # noqa: N815
+    lora_aside: bool = False  # whether forward leaves the LoRA out: PEFT's adapter began from it (integrations.peft)
     lora_pooled: bool = False  # whether lora_A is [rank, groups] and multiplies sums over groups (adapters.pooled)
-    init_errors: tuple[float, ...] = ()  # relative error after each step of the start this layer came from
-    dense_nbytes: int = 0  # of the dense weight it came from; 0 where that is not known
+    dense_kind = "nn.Linear"
     shared_input: Any = None  # the adapters.shared_input.SharedInput that multiplies lora_A for several layers at once
 
     def __init__(
@@ -60,7 +60,7 @@ class QuantLinear(nn.Linear):
         self.register_parameter("lora_A", None)
         self.register_parameter("lora_B", None)
         self.register_parameter("bias", None)
-        self.set_quantized(_empty(Format.parse(fmt), out_features, in_features, device))
+        self.set_packed({"weight": empty(Format.parse(fmt), (out_features, in_features), device)})
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
 
@@ -83,23 +83,15 @@ class QuantLinear(nn.Linear):
     def quant_tensor(self) -> QuantTensor:
         """The stored tensors, as they are: no copy."""
         stored: Any = [self._parameters[name] for name in STORED]
-        return QuantTensor(self.format, (self.out_features, self.in_features), *stored)
+        return in_stored_dtypes(QuantTensor(self.format, (self.out_features, self.in_features), *stored))
 
-    @property
-    def device(self) -> torch.device:
-        """Where the codes are."""
-        return self._parameters["weight"].device  # type: ignore[union-attr]
+    def packed_shape(self, name: str) -> tuple[int, ...]:
+        """(out_features, in_features), of the one weight there is."""
+        return self.out_features, self.in_features
 
     def set_quantized(self, q: QuantTensor) -> None:
         """Replace the stored weight, its format included; what trained before does not train any more."""
-        if q.shape != (self.out_features, self.in_features):
-            raise ValueError(f"the weight has shape {q.shape}, this layer {(self.out_features, self.in_features)}")
-        self.format = q.format
-        for name in STORED:
-            value = getattr(q, name)
-            self.register_parameter(name, None if value is None else nn.Parameter(value.detach(), requires_grad=False))
-        spelling = torch.tensor(list(str(q.format).encode()), dtype=torch.uint8, device=q.weight.device)
-        self.register_buffer("weight_format", spelling)
+        self.set_packed({"weight": q})
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Dense weight `[out, in]`: fp32 level x scale, rounded once to `dtype` (fp32 where None), without LoRA."""
@@ -162,8 +154,9 @@ class QuantLinear(nn.Linear):
             nn.init.uniform_(A, -bound, bound)
         if B is None:
             B = torch.zeros(shapes["B"], device=device)  # noqa: N806
-        self.lora_A = nn.Parameter(A.detach().to(device, dtype, copy=True))  # the caller's factors must not train along
-        self.lora_B = nn.Parameter(B.detach().to(device, dtype, copy=True))
+        row_major = torch.contiguous_format  # as a file gives them back: products round differently on another layout
+        A, B = (x.detach().to(device, dtype, copy=True, memory_format=row_major) for x in (A, B))  # noqa: N806
+        self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)  # copies: the caller's factors must not train along
         self.lora_pooled = pooled
         self.lora_alpha = alpha
         self.lora_scaling = alpha / (math.sqrt(rank) if rslora else rank)
@@ -172,7 +165,7 @@ class QuantLinear(nn.Linear):
     def remove_lora(self) -> None:
         """Detach the LoRA, leaving the base as it is."""
         self.lora_A = self.lora_B = None
-        self.lora_pooled = False
+        self.lora_aside = self.lora_pooled = False
         self.lora_alpha = self.lora_scaling = 0.0
         self.lora_dropout = nn.Identity()
 
@@ -190,9 +183,11 @@ class QuantLinear(nn.Linear):
         y = ops.matmul(flat, self.quant_tensor)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
-        if self.lora_A is not None and self.lora_B is not None:
+        if self.lora_A is not None and self.lora_B is not None and not self.lora_aside:
             y = self._add_lora(y, flat, self.lora_A, self.lora_B, given)
-        return y.reshape(*x.shape[:-1], self.out_features)
+        shape = (*x.shape[:-1], self.out_features)
+        # no view, as nn.Linear's output is none: FSDP2 cannot see what is done in place to one, and warns
+        return y.view(shape) if self._keeps_output() else torch.ops.aten._unsafe_view(y, shape)
 
     def _add_lora(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, given: Tensor) -> Tensor:
         """y + scaling * (dropout(x) At) Bt: summed by the product itself, without a pass over y of its own."""
@@ -227,36 +222,7 @@ class QuantLinear(nn.Linear):
             raise ValueError(f"input has shape {tuple(x.shape)}; {wanted}")
         if x.device != self.device:
             raise ValueError(f"input is on {x.device}, the weight on {self.device}; move one of them")
-        device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            return x.to(torch.get_autocast_dtype(device))
-        return x
-
-    # -------------------------------------------------------------------------------------------------- nn.Module
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        """Move with the module, but keep the format's dtypes: .half() must not round scales."""
-        stored = [p for name in STORED if (p := self._parameters[name]) is not None]
-        kept = {id(tensor) for p in (*stored, self.weight_format) for tensor in (p, p.grad) if tensor is not None}
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return tensor.to(moved.device) if id(tensor) in kept and moved.dtype != tensor.dtype else moved
-
-        return super()._apply(keep_dtype, recurse)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        weight, spelling = state_dict.get(prefix + "weight"), state_dict.get(prefix + "weight_format")
-        here = f"{prefix.rstrip('.') or 'this layer'} stores {self.format}, but the state_dict holds"
-        if weight is not None and weight.is_floating_point():
-            raise FormatError(f"{here} a dense {weight.dtype} weight; load it into nn.Linear and quantize that")
-        if weight is not None and spelling is None:
-            raise FormatError(f"{here} codes without the weight_format that says what they mean; save the layer again")
-        if spelling is not None:
-            theirs = bytes(spelling.tolist()).decode(errors="replace")
-            if theirs != str(self.format):
-                raise FormatError(f"{here} {theirs}; build the layer with that")
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        return under_autocast(x)
 
     def extra_repr(self) -> str:
         pooled = ", pooled" if self.lora_pooled else ""
@@ -288,18 +254,3 @@ class FloatFacingQuantLinear(QuantLinear):
         if name == "weight" and value is self.dense_dtype:
             return  # PEFT, when it takes an adapter off, writes the weight that it has just read
         super().__setattr__(name, value)
-
-
-def _empty(fmt: Format, out: int, in_features: int, device: torch.device | str | None) -> QuantTensor:
-    """A weight of zeros codes and zero scales, to be loaded into."""
-    groups = fmt.groups(in_features)
-
-    def make(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(*shape, dtype=dtype, device=device)
-
-    zeros = make(out, groups, dtype=TORCH_DTYPE[ZERO_DTYPE[fmt.scale]]) if fmt.zero else None
-    codes = make(out, fmt.row_bytes(in_features), dtype=torch.uint8)
-    if fmt.scale != "dq":
-        return QuantTensor(fmt, (out, in_features), codes, make(out, groups, dtype=TORCH_DTYPE[fmt.scale]), zeros)
-    absmax, offset = make(math.ceil(out * groups / DQ_BLOCK), dtype=torch.float32), make(1, dtype=torch.float32)
-    return QuantTensor(fmt, (out, in_features), codes, make(out, groups, dtype=torch.uint8), zeros, absmax, offset)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import kernels, reference
+from . import double_quant, kernels, reference
 from .format import Format
 from .tensor import STORED, QuantTensor
 
@@ -100,9 +100,81 @@ def _matmul_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None, ds, dz, None, None, None, None
 
 
+def _dequantize(*arguments: Any) -> Tensor:
+    *packed, dtype = arguments
+    return kernels.dequantize(_rebuild(*packed), dtype)
+
+
+def _level_grad(dw: Tensor, *packed: Any) -> Tensor:
+    """Sum over each group of dW x (level - zero), in the scales' dtype."""
+    q = _rebuild(*packed)
+    ones = torch.ones(q.shape[0], q.format.groups(q.shape[1]), device=dw.device)
+    unscaled = reference.dequantize(q.unpack(), ones, q.zeros, q.format)
+    return reference.sum_groups(dw.float() * unscaled, q.format).to(_grad_dtype(q.weight_scales))
+
+
+def _shift_grad(dw: Tensor, *packed: Any) -> Tensor:
+    """Minus the scale times the sum of dW over each group, in the zero points' dtype."""
+    q = _rebuild(*packed)
+    return (-q.scales * reference.sum_groups(dw.float(), q.format)).to(packed[2].dtype)
+
+
+_define(
+    "dequantize",
+    f"{_PACKED}, ScalarType dtype",
+    _dequantize,
+    lambda weight, *rest: weight.new_empty(weight.shape[0], rest[5], dtype=rest[6]),
+)
+_define(
+    "level_grad",
+    f"Tensor dw, {_PACKED}",
+    _level_grad,
+    lambda dw, weight, scales, *_: torch.empty_like(scales, dtype=_grad_dtype(scales)),
+)
+_define(
+    "shift_grad",
+    f"Tensor dw, {_PACKED}",
+    _shift_grad,
+    lambda dw, weight, scales, zeros, *_: torch.empty_like(zeros),
+)
+
+
+_define(
+    "decode_scales",
+    "Tensor codes, Tensor absmax, Tensor offset",
+    double_quant.decode_each,
+    lambda codes, *_: torch.empty_like(codes, dtype=torch.float32),
+)
+
+
+def _keep_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *stored, fmt, in_features, _ = inputs
+    ctx.fmt, ctx.in_features = fmt, in_features
+    ctx.save_for_backward(*stored)
+
+
+def _dequantize_backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:
+    packed = (*ctx.saved_tensors, ctx.fmt, ctx.in_features)
+    _, ds_needed, dz_needed = ctx.needs_input_grad[:3]
+    ds = torch.ops.qft.level_grad(dw, *packed) if ds_needed else None
+    dz = torch.ops.qft.shift_grad(dw, *packed) if dz_needed else None
+    return None, ds, dz, None, None, None, None, None
+
+
+torch.library.register_autograd("qft::dequantize", _dequantize_backward, setup_context=_keep_packed, lib=_library)
 torch.library.register_autograd("qft::matmul", _matmul_backward, setup_context=_keep, lib=_library)
 
 
 def matmul(x: Tensor, q: QuantTensor) -> Tensor:
     """y = x Wt: `[..., out]` in x's dtype for x `[..., in]`; differentiable in x, the scales and the zero points."""
     return torch.ops.qft.matmul(x, *(getattr(q, name) for name in STORED), str(q.format), q.shape[1])
+
+
+def decode_scales(codes: Tensor, absmax: Tensor, offset: Tensor) -> Tensor:
+    """fp32 scales of double-quantized codes, uint8, under an absmax each, fp32 of the same shape."""
+    return torch.ops.qft.decode_scales(codes, absmax, offset)
+
+
+def dequantize(q: QuantTensor, dtype: torch.dtype) -> Tensor:
+    """Dense weight `[out, in]`: level x scale, rounded once to `dtype`; differentiable in scales and zero points."""
+    return torch.ops.qft.dequantize(*(getattr(q, name) for name in STORED), str(q.format), q.shape[1], dtype)

@@ -5,6 +5,8 @@ Codes are held one per byte here, `[out, in]`; `pack` and `unpack` translate to 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,12 @@ TORCH_DTYPE = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat1
 SMALLEST_SCALE = torch.finfo(
     torch.float32
 ).tiny  # below it a reciprocal is not finite: such a group is a group of zeros
+
+
+@lru_cache(maxsize=64)
+def levels_on(fmt: Format, device: torch.device) -> Tensor:
+    """Levels by code, fp32 `[2^bits]`. Kept: a copy from the host may not be part of a CUDA graph."""
+    return torch.tensor(fmt.levels, dtype=torch.float32, device=device)
 
 
 def per_weight(values: Tensor, fmt: Format, in_features: int) -> Tensor:
@@ -61,7 +69,7 @@ def quantize(
     groups, size = fmt.groups(in_features), fmt.group_size(in_features)
     padded = torch.nn.functional.pad(weight, (0, groups * size - in_features)).view(out, groups, size)
     low, high = padded.amin(2).clamp(max=0), padded.amax(2).clamp(min=0)
-    levels = torch.tensor(fmt.levels, dtype=torch.float32, device=weight.device)
+    levels = levels_on(fmt, weight.device)
     top = len(fmt.levels) - 1
     if fmt.zero:
         exact = (high - low) / top
@@ -97,7 +105,7 @@ def _search(
     def error_of(candidate: Tensor) -> Tensor:
         decoded = dequantize(encode(weight, candidate, zeros, fmt), candidate, zeros, fmt)
         square = (weight - decoded).square()
-        return _sum_groups(square if importance is None else square * importance, fmt)
+        return sum_groups(square if importance is None else square * importance, fmt)
 
     best, least = scales, error_of(scales)
     for factor in search_factors(fmt)[1:]:
@@ -122,7 +130,7 @@ def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, fmt: Format) ->
         (lambda values: values) if scales.shape[1] == 1 else (lambda values: per_weight(values, fmt, weight.shape[1]))
     )
     scaled = (weight.float() * spread(_inverse(scales.float()))).contiguous()
-    levels = torch.tensor(fmt.levels, dtype=torch.float32, device=weight.device)
+    levels = levels_on(fmt, weight.device)
     if zeros is not None:
         codes = (scaled.round() + spread(zeros.float())).clamp(0, len(fmt.levels) - 1)
     elif fmt.is_integer:
@@ -144,7 +152,7 @@ def dequantize(
 ) -> Tensor:
     """Weights `[out, in]` of codes `[out, in]`, scales and zeros `[out, groups]`: fp32 level x scale, rounded once."""
     in_features = codes.shape[1]
-    level = torch.tensor(fmt.levels, dtype=torch.float32, device=codes.device)[codes.long()]
+    level = levels_on(fmt, codes.device)[codes.long()]
     if zeros is not None:
         level = level - per_weight(zeros.float(), fmt, in_features)
     return (level * per_weight(scales.float(), fmt, in_features)).to(dtype)
@@ -167,15 +175,16 @@ def scale_grad(dy: Tensor, x: Tensor, codes: Tensor, zeros: Tensor | None, fmt: 
     """
     ones = torch.ones(codes.shape[0], fmt.groups(codes.shape[1]), device=codes.device)
     product = (dy.float().T @ x.float()) * dequantize(codes, ones, zeros, fmt)
-    return _sum_groups(product, fmt)
+    return sum_groups(product, fmt)
 
 
 def zero_grad(dy: Tensor, x: Tensor, scales: Tensor, fmt: Format) -> Tensor:
     """Gradient of the zero points, fp32 `[out, groups]`: minus the scale times the sum of dW over each group."""
-    return -scales.float() * (dy.float().T @ _sum_groups(x.float(), fmt))
+    return -scales.float() * (dy.float().T @ sum_groups(x.float(), fmt))
 
 
-def _sum_groups(values: Tensor, fmt: Format) -> Tensor:
+def sum_groups(values: Tensor, fmt: Format) -> Tensor:
+    """Sums of `[rows, in]` over each group: `[rows, groups]`."""
     rows, in_features = values.shape
     size, groups = fmt.group_size(in_features), fmt.groups(in_features)
     return torch.nn.functional.pad(values, (0, groups * size - in_features)).view(rows, groups, size).sum(2)

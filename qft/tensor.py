@@ -110,7 +110,7 @@ class QuantTensor:
         return kernels.dequantize(self, dtype or torch.float32)
 
     def with_scales(self, scales: Tensor, scale: str = "f32") -> QuantTensor:
-        """The same codes under other scales `[out, groups]`, stored as `scale` (f32, f16 or bf16).
+        """The same codes under other scales `[out, groups]`, stored as `scale` (f32, f16, bf16 or dq).
 
         Raises:
             ValueError: the shape differs, or a scale overflows fp16.
@@ -119,10 +119,10 @@ class QuantTensor:
         if tuple(scales.shape) != expected:
             raise ValueError(f"scales have shape {tuple(scales.shape)}, expected {expected} for {self.format}")
         fmt = Format(self.format.code, self.format.group, scale, self.format.zero)
-        stored = scales.detach().to(reference.TORCH_DTYPE[scale])
+        stored = scales.detach().to(reference.TORCH_DTYPE["f32" if scale == "dq" else scale])
         _refuse_overflow(stored, fmt, "scales")
         zeros = None if self.weight_zeros is None else self.weight_zeros.to(reference.TORCH_DTYPE[ZERO_DTYPE[scale]])
-        return QuantTensor(fmt, self.shape, self.weight, stored, zeros)
+        return _stored(fmt, self.shape, self.weight, stored, zeros)
 
 
 def quantize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,15 +39,39 @@ class Stored:
     @classmethod
     def of(cls, tensor: Tensor) -> Stored:
         """The description of a tensor as it is now."""
-        return cls(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), hashlib.sha256(_bytes(tensor)).hexdigest())
+        return cls(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), hashlib.sha256(content_of(tensor)).hexdigest())
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: a file, and in it bytes that follow each other, row-major.
+
+    Attributes:
+        path: of the file.
+        dtype, shape: of the tensor.
+        start: its first byte, counted from the beginning of the file.
+    """
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it takes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 def refuse_unstorable(tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where a tensor has no values (meta), or a dtype or layout that no file can hold; it is named."""
+    """Raise ValueError where a tensor has no values (meta) or not all (sharded), or a dtype or layout that no file can
+    hold; it is named."""
     for name, tensor in tensors.items():
+        if hasattr(tensor, "full_tensor"):  # torch's DTensor, whose module is slow to import
+            raise ValueError(f"{name} is sharded over ranks; save what qft.gather_model(model) gives")
         if tensor.is_meta:
             raise ValueError(
                 f"{name} is on the meta device, which holds no values; load or initialise it before saving"
@@ -66,24 +91,55 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     refuse_unstorable(tensors)
     # widest elements first, so that each tensor starts at a multiple of its element's size
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name in order:
-        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
-        kind, shape = DTYPE_NAMES[tensors[name].dtype], list(tensors[name].shape)
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
     written = {}
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
+        file.write(header({name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in order}, metadata))
         for name in order:
-            content = _bytes(tensors[name])
+            content = content_of(tensors[name])
             file.write(content)
             sha256 = hashlib.sha256(content).hexdigest()
             written[name] = Stored(DTYPE_NAMES[tensors[name].dtype], tuple(tensors[name].shape), sha256)
     return written
+
+
+def header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """What stands before the data of a file whose tensors, by dtype and shape, follow each other in the order given.
+
+    Its length is a multiple of 8. Whoever reads the file needs each tensor at a multiple of its element's size.
+    """
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def places(path: Path) -> dict[str, Place]:
+    """Where a file holds its tensors; no tensor is read.
+
+    Raises:
+        FormatError: it is no safetensors file, or damaged, or a tensor has a dtype that torch lacks.
+        OSError: it cannot be opened.
+    """
+    try:
+        with safe_open(path, "pt"):  # the library checks the header, and that the file holds what it promises
+            pass
+    except SafetensorError as error:
+        raise _damaged(path, error) from None
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+    found = {}
+    for name, entry in entries.items():
+        if name != "__metadata__":
+            if entry["dtype"] not in DTYPES:
+                raise FormatError(f"{name} in {path} is {entry['dtype']}, which qft cannot read; convert it to BF16")
+            start = 8 + length + entry["data_offsets"][0]
+            found[name] = Place(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), start)
+    return found
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -118,7 +174,7 @@ def read(path: Path, expected: Mapping[str, Stored]) -> dict[str, Tensor]:
             for name, wanted in expected.items():
                 # a copy: the library maps the file, and an aligned tensor of our own outlives what becomes of it
                 tensors[name] = file.get_tensor(name).clone()
-                if hashlib.sha256(_bytes(tensors[name])).hexdigest() != wanted.sha256:
+                if hashlib.sha256(content_of(tensors[name])).hexdigest() != wanted.sha256:
                     raise FormatError(f"{name} in {path} has changed since it was written; {_AGAIN}")
     except SafetensorError as error:
         raise _damaged(path, error) from None
@@ -141,8 +197,8 @@ def _damaged(path: Path, error: SafetensorError) -> FormatError:
     return FormatError(f"{path} is damaged ({error}); {_AGAIN}")
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    """A tensor's bytes in row-major order."""
+def content_of(tensor: Tensor) -> memoryview:
+    """A tensor's bytes in row-major order; a view of them where it lies so on the CPU."""
     # a tensor of one or no element counts as contiguous whatever its strides; a view of its bytes asks for 1
     flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))
     return flat.view(torch.uint8).numpy().data

@@ -457,7 +457,7 @@ def test_nothing_to_calibrate_is_refused(model):
         calibrate(model, [], COLLATE)
     with pytest.raises(ValueError, match="batch_size=0"):
         calibrate(model, ROWS, COLLATE, batch_size=0)
-    with pytest.raises(ValueError, match="'nowhere' names no linear layer"):
+    with pytest.raises(ValueError, match="'nowhere' names no layer"):
         calibrate(model, ROWS, COLLATE, skip=["nowhere"])
     ids = torch.ones(2, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"every position that .*q_proj reads is padding"):

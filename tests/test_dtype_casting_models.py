@@ -82,7 +82,7 @@ def dense(case: Case) -> PreTrainedModel:
 
 
 def facing_layers(model: nn.Module, pattern: str) -> list[FloatFacingQuantLinear]:
-    layers = [module for path, module in model.named_modules() if qft.model.matches(path, pattern)]
+    layers = [module for path, module in model.named_modules() if qft.targets.matches(path, pattern)]
     assert layers
     return layers
 

@@ -296,7 +296,7 @@ def test_loading_neither_uses_nor_moves_the_global_generator(tmp_path: Path, mon
 def test_the_start_s_errors_and_the_dense_size_stay_in_the_report(tmp_path: Path) -> None:
     model = quantized("nf2 g64 f32", rank=4, init="loftq", iters=2)
     save(model, tmp_path / "m")
-    mine, theirs = (qft.model.report(net) for net in (model, load(tmp_path / "m", skeleton())))
+    mine, theirs = (qft.report(net) for net in (model, load(tmp_path / "m", skeleton())))
     assert theirs.quantized == mine.quantized
     assert len(theirs.quantized[0].errors) == 3
 
@@ -560,7 +560,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: rewrite(d, lambda body: ENTRY(body).update(shape=[10**30, 64])),
         "which is Linear",
     ),
-    "a later layout": (lambda d: rewrite(d, lambda body: body.update(layout=2)), "has layout 2, this qft reads 1;"),
+    "a later layout": (lambda d: rewrite(d, lambda body: body.update(layout=3)), "has layout 3, this qft reads 2;"),
     "a list": (lambda d: (d / JSON).write_text("[1]"), r"qft\.json is damaged"),
     "a pickle": (lambda d: (d / JSON).write_bytes(b"\x80\x04]\x94."), r"qft\.json is damaged"),
     "nested": (lambda d: (d / JSON).write_text("[" * 100_000), r"qft\.json is damaged"),

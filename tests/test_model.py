@@ -10,8 +10,8 @@ import transformers
 from torch import nn
 
 import qft
-from qft.model import matches
 from qft.nn import FloatFacingQuantLinear, QuantLinear
+from qft.targets import matches
 
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 
@@ -97,8 +97,10 @@ def test_the_tied_head_stays_dense_and_says_why() -> None:
     model = qft.quantize_model(llama(), "nf2 g64")
     assert type(model.lm_head) is nn.Linear
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    (head,) = qft.report(model).dense
+    embedding, head = qft.report(model).dense
     assert "output head" in head.reason
+    assert (embedding.kind, "an embedding" in embedding.reason) == ("embedding", True)
+    assert head.shares == embedding.path
 
 
 def test_a_tied_head_is_quantized_when_named_and_the_embedding_is_not_touched() -> None:
@@ -171,14 +173,14 @@ def test_formats_and_skip_by_pattern() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"skip": ["no_such"]}, "'no_such' names no linear layer"),
-        ({"formats": {"no_such": "nf4 g64"}}, "'no_such' names no linear layer"),
+        ({"skip": ["no_such"]}, "'no_such' names no layer"),
+        ({"formats": {"no_such": "nf4 g64"}}, "'no_such' names no layer"),
         ({"init": "lofq"}, "init='lofq' is unknown; use one of plain, search, loftq"),
         ({"init": "cloq", "rank": 4}, "init='cloq' needs the layers' activations; pass calibration=qft.calibrate"),
         ({"init": "cloq", "calibration": {}}, "the calibration holds nothing of "),
         ({"init": "search", "iters": 3}, "init='search' has no turns, and iters=3 was given"),
         ({"rank": -1}, "rank=-1 is negative"),
-        ({"skip": ["*"]}, "holds no linear layer to quantize"),
+        ({"skip": ["*"]}, "holds no layer to quantize"),
         ({"fmt": "nf5 g64"}, "nearest is 'nf4 g64 f32'"),
     ],
 )
@@ -204,7 +206,13 @@ def test_the_report_counts_the_bytes_really_stored() -> None:
     assert sum(layer.nbytes for layer in report.quantized) == sum(
         layer.quant_tensor.nbytes for layer in model.modules() if isinstance(layer, QuantLinear)
     )
-    assert report.nbytes == report.other_nbytes + sum(layer.nbytes for layer in report.layers)
+    assert report.nbytes == report.other_nbytes + sum(layer.nbytes for layer in report.layers if not layer.shares)
+    dense = llama()
+    adapters = sum(p.numel() for path, p in model.named_parameters() if "lora_" in path)
+    assert report.parameters == sum(p.numel() for p in dense.parameters()) + adapters
+    assert report.quantized_parameters == sum(
+        module.weight.numel() for path, module in dense.named_modules() if "_proj" in path
+    )
     assert report.bits_per_weight == pytest.approx(4.25, rel=0.01)
     assert "nf4 g64 f16" in str(report)
 
@@ -273,7 +281,7 @@ def test_a_tasks_new_head_stays_dense_and_trains_with_an_adapter() -> None:
 
     config = transformers.LlamaConfig(**TINY, intermediate_size=96, num_key_value_heads=2, num_labels=3, pad_token_id=0)
     model = qft.quantize_model(transformers.LlamaForSequenceClassification(config), "nf2 g64 f16")
-    (head,) = qft.report(model).dense
+    head = qft.report(model).dense[-1]
     assert (head.path, "output head" in head.reason) == ("score", True)
     tuned = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type=TaskType.SEQ_CLS))
     before = tuned.base_model.model.score.modules_to_save["default"].weight.detach().clone()

@@ -8,8 +8,9 @@ import pytest
 import torch
 from formats import BOUND, DTYPES, FORMATS, FOUR, ODD, SHAPES, sample
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from qft import kernels, ops, reference
+from qft import double_quant, kernels, ops, reference
 from qft.format import Format
 from qft.tensor import QuantTensor, quantize
 
@@ -239,32 +240,54 @@ def test_any_layout_of_x_and_dy_gives_the_bits_of_a_contiguous_one(rows: int) ->
 
 # ---------------------------------------------------------------------------------------------- torch.library
 
-CHECKED = ("nf4 g64 f32", "nf4 g64 dq", "int3 channel f32 zero", "int2 g32 bf16 zero", f"{FOUR} g64 f16")
+CHECKED = (
+    "nf4 g64 f32", "nf4 g64 dq", "int3 channel f32 zero", "int2 g32 bf16 zero", "int4 g32 dq zero", f"{FOUR} g64 f16",
+)  # fmt: skip
+OPERATORS = ("matmul", "matmul_t", "scale_grad", "zero_grad", "dequantize", "level_grad", "shift_grad")
+
+
+def has(verb: str, fmt: str) -> bool:
+    """Whether an operator is defined under a format: two are about zero points."""
+    return Format.parse(fmt).zero or verb not in ("zero_grad", "shift_grad")
 
 
 def arguments(verb: str, fmt: str, dtype: torch.dtype, leading: tuple[int, ...]) -> tuple[object, ...]:
     q = quantize(sample(ODD), fmt)
     x, dy = torch.randn(*leading, ODD[1]).to(dtype), torch.randn(*leading, ODD[0]).to(dtype)
-    if verb == "matmul":
+    if verb in ("matmul", "dequantize"):
         for tensor in (x, *trainable(q).values()):
             tensor.requires_grad_()
-        return x, *packed(q)
+        return (x, *packed(q)) if verb == "matmul" else (*packed(q), dtype)
+    if verb in ("level_grad", "shift_grad"):
+        return torch.randn(ODD).to(dtype), *packed(q)
     if verb == "scale_grad":
         y = ops.matmul(x, q) if q.format.group == 0 else None
         return dy, x, y, *packed(q)
     return (dy, x, *packed(q)) if verb == "zero_grad" else (dy, *packed(q))
 
 
+def test_every_operator_is_checked() -> None:
+    defined = {name.partition("::")[2] for name in map(str, torch._C._dispatch_get_all_op_names())
+               if name.startswith("qft::")}  # fmt: skip
+    assert defined == {*OPERATORS, "decode_scales"}
+
+
+def test_scales_are_decoded_by_an_operator_too() -> None:
+    q = quantize(sample(ODD), "nf4 g32 dq")
+    assert q.weight_scales_absmax is not None
+    absmax = q.weight_scales_absmax.repeat_interleave(256)[: q.weight_scales.numel()].view(q.weight_scales.shape)
+    given = q.weight_scales, absmax, q.weight_scales_offset
+    torch.library.opcheck(torch.ops.qft.decode_scales.default, given)
+    with NoHostReads():
+        got = double_quant.decode_each(*given)
+    assert torch.equal(got, q.scales)
+
+
 @pytest.mark.parametrize("leading", [(2, 7), (0,)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("verb", "fmt"),
-    [
-        (verb, fmt)
-        for verb in ("matmul", "matmul_t", "scale_grad", "zero_grad")
-        for fmt in CHECKED
-        if verb != "zero_grad" or Format.parse(fmt).zero
-    ],
+    [(verb, fmt) for verb in OPERATORS for fmt in CHECKED if has(verb, fmt)],
 )
 def test_opcheck(verb: str, fmt: str, dtype: torch.dtype, leading: tuple[int, ...]) -> None:
     torch.library.opcheck(getattr(torch.ops.qft, verb).default, arguments(verb, fmt, dtype, leading))
@@ -273,10 +296,48 @@ def test_opcheck(verb: str, fmt: str, dtype: torch.dtype, leading: tuple[int, ..
 @pytest.mark.parametrize("fmt", CHECKED)
 def test_a_fake_says_what_the_operator_returns(fmt: str) -> None:
     """On the meta device, where a fake is all that runs; dq's integer scales have a floating gradient too."""
-    for verb in ("matmul", "matmul_t", "scale_grad", *(["zero_grad"] if Format.parse(fmt).zero else [])):
+    for verb in (verb for verb in OPERATORS if has(verb, fmt)):
         real = arguments(verb, fmt, torch.bfloat16, (2, 7))
         meta = [value.to("meta") if isinstance(value, Tensor) else value for value in real]
         operator = getattr(torch.ops.qft, verb)
         wanted, got = operator(*real), operator(*meta)
         assert (got.shape, got.dtype, got.stride()) == (wanted.shape, wanted.dtype, wanted.stride()), verb
         assert got.is_floating_point()
+
+
+# ---------------------------------------------------------------------------------------------- nothing from the host
+
+
+class NoHostReads(TorchDispatchMode):
+    """Refuses what waits for a device or copies from the host, neither of which can be part of a CUDA graph.
+
+    `_local_scalar_dense` is behind .item(), .tolist() and bool(); `lift_fresh` behind torch.tensor of Python's numbers.
+    """
+
+    REFUSED = ("_local_scalar_dense", "lift_fresh", "nonzero", "masked_select", "unique", "_unique2", "equal")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = function.overloadpacket.__name__
+        assert name not in self.REFUSED, f"{name} waits for the device, or copies from the host"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kernel", [None, "reference"])
+@pytest.mark.parametrize("rows", [3, ABOVE])
+@pytest.mark.parametrize(("verb", "fmt"), [(verb, fmt) for verb in OPERATORS for fmt in CHECKED if has(verb, fmt)])
+def test_an_operator_reads_nothing_back_once_it_has_run(
+    verb: str, fmt: str, rows: int, kernel: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Python around the kernels is the same on a GPU."""
+    if kernel:
+        reference_row = next(row for row in kernels.TABLE if row.name == kernel)
+        monkeypatch.setattr(kernels, "TABLE", (reference_row,))
+    given = [
+        value.detach() if isinstance(value, Tensor) else value
+        for value in arguments(verb, fmt, torch.bfloat16, (rows,))
+    ]
+    run = getattr(ops, f"_{verb}")
+    wanted = run(*given)
+    with NoHostReads():
+        got = run(*given)
+    assert torch.equal(got, wanted)

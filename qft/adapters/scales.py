@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,13 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .. import __version__, double_quant, tensor_file
+from .. import __version__, tensor_file
 from ..files import replace_file
-from ..format import ZERO_DTYPE, Format, FormatError
+from ..format import Format, FormatError
 from ..nn import QuantLinear
 from ..notices import say_once
-from ..reference import TORCH_DTYPE
-from ..tensor import STORED, QuantTensor
+from ..packed import Packed, PackedWeight, packed_weights, weights_of
+from ..stack import QuantStack
+from ..tensor import QuantTensor
 from ..tensor_file import Stored
 
 _METADATA = "qft_task"
@@ -31,12 +33,12 @@ _REMEMBERED = "stored_scale"
 
 @dataclass(frozen=True)
 class TaskLayer:
-    """One layer's scales in a task file.
+    """One weight's scales in a task file.
 
     Attributes:
         format: of the base the scales were trained on.
         codes: SHA-256 of that base's codes and zero points.
-        stored: the scales: fp32 `[out, groups]`.
+        stored: the scales: fp32 `[out, groups]`, `[experts, out, groups]` of experts.
     """
 
     format: Format
@@ -48,8 +50,9 @@ def train_only(model: nn.Module, what: str | Iterable[str]) -> nn.Module:
     """Let only the named parameters train, in place; everything else is frozen.
 
     Args:
-        what: "scales" (of every QuantLinear; PEQA), "lora" (of every QuantLinear that has one), "bias" (every parameter
-            of that name in the model; BitFit, Ben Zaken et al. 2022), or several of them.
+        what: "scales" (of every quantized layer, embeddings and experts included; PEQA), "lora" (of every QuantLinear
+            that has one), "bias" (every parameter of that name in the model; BitFit, Ben Zaken et al. 2022), or several
+            of them.
 
     Codes and zero points keep their values; scales stored as f16, bf16 or dq are held in fp32 from here on.
 
@@ -60,10 +63,11 @@ def train_only(model: nn.Module, what: str | Iterable[str]) -> nn.Module:
         ValueError: another word, or the model holds nothing of the kind; it is then left as it was.
     """
     words = (what,) if isinstance(what, str) else tuple(what)
-    layers = quant_layers(model)
+    weights = packed_weights(model)
+    linear = [weight.module for weight in weights.values() if isinstance(weight.module, QuantLinear)]
     kinds: dict[str, list[tuple[nn.Module, str]]] = {
-        "scales": [(layer, "weight_scales") for layer in layers.values()],
-        "lora": [(layer, name) for layer in layers.values() if layer.lora_rank for name in ("lora_A", "lora_B")],
+        "scales": [(weight.module, f"{weight.name}_scales") for weight in weights.values()],
+        "lora": [(layer, name) for layer in linear if layer.lora_rank for name in ("lora_A", "lora_B")],
         "bias": [(module, "bias") for module in model.modules() if module._parameters.get("bias") is not None],
     }
     for word in words:
@@ -75,7 +79,7 @@ def train_only(model: nn.Module, what: str | Iterable[str]) -> nn.Module:
     if not words:
         raise ValueError(f"train_only was given nothing to train; name one or several of {', '.join(kinds)}")
     if "scales" in words:
-        _hold_in_fp32(list(layers.values()))
+        _hold_in_fp32(weight.module for weight in weights.values())
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for word in words:
@@ -85,12 +89,14 @@ def train_only(model: nn.Module, what: str | Iterable[str]) -> nn.Module:
 
 
 def scales_state(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every QuantLinear's scales, decoded to fp32 `[out, groups]`, by module path.
+    """A copy of every weight's scales, decoded to fp32 `[out, groups]` (`[experts, out, groups]`), by path.
+
+    The path is the layer's, or that of an experts' projection.
 
     Raises:
-        ValueError: the model holds no QuantLinear.
+        ValueError: the model holds no quantized layer.
     """
-    return {path: layer.quant_tensor.scales.detach().clone() for path, layer in quant_layers(model).items()}
+    return {path: weight.value.scales.detach().clone() for path, weight in packed_weights(model).items()}
 
 
 def load_scales(model: nn.Module, state: Mapping[str, Tensor] | str | Path) -> None:
@@ -104,37 +110,37 @@ def load_scales(model: nn.Module, state: Mapping[str, Tensor] | str | Path) -> N
     Raises:
         FormatError: the file is damaged or belongs to another base, a layer is missing or unknown, a shape differs, or
             a scale is not finite; the layer is named, and the model is left as it was.
-        ValueError: the model holds no QuantLinear.
+        ValueError: the model holds no quantized layer.
         OSError: the file cannot be opened.
     """
-    layers = quant_layers(model)
+    weights = packed_weights(model)
     if isinstance(state, Mapping):
         source = "the state"
     else:
-        source, state = str(state), _read_task(Path(state), layers)
-    _check(source, state, layers)
-    changed = {path: layer for path, layer in layers.items() if not _same_bits(layer.quant_tensor.scales, state[path])}
-    _hold_in_fp32(list(changed.values()))
+        source, state = str(state), _read_task(Path(state), weights)
+    _check(source, state, weights)
+    changed = {path: weight for path, weight in weights.items() if not _same_bits(weight.value.scales, state[path])}
+    _hold_in_fp32(weight.module for weight in changed.values())
     with torch.no_grad():
-        for path, layer in changed.items():
-            layer._parameters["weight_scales"].copy_(state[path])  # type: ignore[union-attr]
+        for path, weight in changed.items():
+            weight.scales.copy_(state[path])
 
 
 def save_scales(model: nn.Module, path: str | Path) -> None:
     """Write a task: the scales alone, as fp32, with what it takes to refuse them on another base.
 
     Raises:
-        ValueError: the model holds no QuantLinear. OSError: the file cannot be written; an older one is then intact.
+        ValueError: the model holds no quantized layer. OSError: the file cannot be written; an older one then stays.
     """
-    layers, scales = quant_layers(model), scales_state(model)
+    scales = scales_state(model)
     entries = {
-        name: {
-            "format": str(replace(layer.format, scale=remembered_scale(layer))),
-            "codes": _codes_digest(layer),
-            "shape": list(scales[name].shape),
-            "sha256": Stored.of(scales[name]).sha256,
+        path: {
+            "format": str(replace(weight.module.format, scale=remembered_scale(weight.module))),
+            "codes": _codes_digest(weight),
+            "shape": list(scales[path].shape),
+            "sha256": Stored.of(scales[path]).sha256,
         }
-        for name, layer in layers.items()
+        for path, weight in packed_weights(model).items()
     }
     metadata = {_METADATA: json.dumps({"qft": __version__, "layers": entries})}
     with replace_file(Path(path)) as temporary:
@@ -174,54 +180,55 @@ def round_scales(model: nn.Module) -> dict[str, float]:
 
     Raises:
         FormatError: a scale does not fit the stored type, or is not finite; the layer is named, and nothing is rounded.
-        ValueError: the model holds no QuantLinear.
+        ValueError: the model holds no quantized layer.
     """
-    layers = quant_layers(model)
-    stored = {path: rounded(layer, path) for path, layer in layers.items()}
-    errors = {path: rounding_error(layer.quant_tensor, stored[path]) for path, layer in layers.items()}
-    first: dict[int, QuantLinear] = {}
-    for path, q in stored.items():
-        if q.format != layers[path].format:
-            _store(layers[path], q, first)
-        layers[path].weight_scales.requires_grad_(False)
+    weights = packed_weights(model)
+    modules = {module: path for path, module in model.named_modules() if isinstance(module, Packed)}
+    stored = {module: rounded(module, path) for module, path in modules.items()}
+    errors = {
+        path: rounding_error(weight.value, stored[weight.module][weight.name]) for path, weight in weights.items()
+    }
+    first: dict[int, Packed] = {}
+    for module, values in stored.items():
+        if next(iter(values.values())).format != module.format:
+            store(module, values, first)
+    for weight in weights.values():
+        weight.scales.requires_grad_(False)
     return errors
 
 
-def rounded(layer: QuantLinear, path: str) -> QuantTensor:
-    """A layer's stored tensors with scales of the type it had before they trained; as they are if it has that type.
+def rounded(module: Packed, path: str) -> dict[str, QuantTensor | QuantStack]:
+    """A module's weights with scales of the type it had before they trained; as they are if it has that type.
 
     Raises:
         FormatError: a scale does not fit that type, or is not finite.
     """
-    q, scale = layer.quant_tensor, remembered_scale(layer)
-    if q.format.scale == scale:
-        return q
-    if not q.scales.isfinite().all():
-        raise FormatError(
-            f"{path} holds scales that are not finite, so {scale} cannot store them; load an earlier task"
-        )
-    if scale == "dq":
-        zeros = None if q.weight_zeros is None else q.weight_zeros.detach().to(TORCH_DTYPE[ZERO_DTYPE[scale]])
-        codes, absmax, offset = double_quant.encode(q.scales.detach())
-        return QuantTensor(replace(q.format, scale=scale), q.shape, q.weight, codes, zeros, absmax, offset)
-    try:
-        return q.with_scales(q.scales, scale)
-    except FormatError as error:
-        raise FormatError(f"{path}: {error}") from None
+    scale, made = remembered_scale(module), {}
+    for weight in weights_of(path, module):
+        q = weight.value
+        if q.format.scale != scale and not q.scales.isfinite().all():
+            raise FormatError(
+                f"{weight.path} holds scales that are not finite, so {scale} cannot store them; load an earlier task"
+            )
+        try:
+            made[weight.name] = q if q.format.scale == scale else q.with_scales(q.scales, scale)
+        except FormatError as error:
+            raise FormatError(f"{weight.path}: {error}") from None
+    return made
 
 
-def rounding_error(before: QuantTensor, after: QuantTensor) -> float:
+def rounding_error(before: QuantTensor | QuantStack, after: QuantTensor | QuantStack) -> float:
     """||after - before|| / ||before|| of the scales; 0 for scales of zeros."""
     norm = before.scales.norm().item()
     return (after.scales - before.scales).norm().item() / norm if norm else 0.0
 
 
-def remembered_scale(layer: QuantLinear) -> str:
+def remembered_scale(layer: Packed) -> str:
     """The scale type the layer's format had before its scales were held in fp32."""
     return getattr(layer, _REMEMBERED, layer.format.scale)
 
 
-def remember_scale(layer: QuantLinear, scale: str) -> None:
+def remember_scale(layer: Packed, scale: str) -> None:
     """Make `round_scales` go back to this scale type: f32, f16, bf16 or dq."""
     setattr(layer, _REMEMBERED, replace(layer.format, scale=scale).scale)
 
@@ -238,56 +245,63 @@ def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
     return layers
 
 
-def _hold_in_fp32(layers: Iterable[QuantLinear]) -> None:
+def _hold_in_fp32(modules: Iterable[Packed]) -> None:
     """Decode scales that are not fp32, and say what that costs."""
-    first: dict[int, QuantLinear] = {}
-    kinds, before, after, weights = set(), 0, 0, 0
-    for layer in layers:
-        q = layer.quant_tensor
-        if q.format.scale == "f32":
+    first: dict[int, Packed] = {}
+    kinds, before, after, count = set(), 0, 0, 0
+    for module in dict.fromkeys(modules):
+        if module.format.scale == "f32":
             continue
-        wide = q.with_scales(q.scales)
-        _store(layer, wide, first)
-        remember_scale(layer, q.format.scale)
-        kinds.add(q.format.scale)
-        before, after, weights = before + q.nbytes, after + wide.nbytes, weights + q.shape[0] * q.shape[1]
+        kept = module.format.scale
+        narrow = {name: module.packed(name) for name in module.code_names}
+        wide = {name: q.with_scales(q.scales) for name, q in narrow.items()}
+        store(module, wide, first)
+        remember_scale(module, kept)
+        kinds.add(kept)
+        before, after = before + _nbytes(narrow), after + _nbytes(wide)
+        count += sum(math.prod(q.shape) for q in narrow.values())
     if kinds:
         say_once(
             f"scales stored as {', '.join(sorted(kinds))} are held in fp32 to train or swap them: "
-            f"{8 * before / weights:.3f} -> {8 * after / weights:.3f} bits per weight; "
+            f"{8 * before / count:.3f} -> {8 * after / count:.3f} bits per weight; "
             "qft.round_scales stores them as before"
         )
 
 
-def _store(layer: QuantLinear, q: QuantTensor, first: dict[int, QuantLinear]) -> None:
-    """Give a layer other stored tensors; layers over one weight stay over one. `first` holds those served already."""
-    key = id(layer._parameters["weight_scales"])
-    layer.set_quantized(q)
-    for name in STORED if key in first else ():
-        layer.register_parameter(name, first[key]._parameters[name])
-    first.setdefault(key, layer)
+def _nbytes(weights: Mapping[str, QuantTensor | QuantStack]) -> int:
+    return sum(q.nbytes for q in weights.values())
 
 
-def _read_task(path: Path, layers: Mapping[str, QuantLinear]) -> dict[str, Tensor]:
+def store(module: Packed, weights: dict[str, QuantTensor | QuantStack], first: dict[int, Packed]) -> None:
+    """Give a module other stored weights; modules over one weight stay over one. `first` holds those served already."""
+    key = id(module._parameters[f"{module.code_names[0]}_scales"])
+    module.set_packed(weights)
+    for name in module.stored if key in first else ():
+        module.register_parameter(name, first[key]._parameters[name])
+    first.setdefault(key, module)
+
+
+def _read_task(path: Path, weights: Mapping[str, PackedWeight]) -> dict[str, Tensor]:
     entries = read_task(path)
-    _refuse_other_layers(str(path), entries, layers)
+    _refuse_other_layers(str(path), entries, weights)
     for name, entry in entries.items():
-        mine = layers[name].format
+        mine = weights[name].module.format
         if entry.format != replace(mine, scale=entry.format.scale):
             raise FormatError(
                 f"{path} was trained on another base: {name} has {entry.format} there and {mine} here; load that base"
             )
-        if entry.codes != _codes_digest(layers[name]):
+        if entry.codes != _codes_digest(weights[name]):
             raise FormatError(
                 f"{path} was trained on another base: the codes of {name} differ; load the base it was trained on"
             )
     return tensor_file.read(path, {name: entry.stored for name, entry in entries.items()})
 
 
-def _check(source: str, state: Mapping[str, Tensor], layers: Mapping[str, QuantLinear]) -> None:
-    _refuse_other_layers(source, state, layers)
-    for name, layer in layers.items():
-        expected = (layer.out_features, layer.format.groups(layer.in_features))
+def _check(source: str, state: Mapping[str, Tensor], weights: Mapping[str, PackedWeight]) -> None:
+    _refuse_other_layers(source, state, weights)
+    for name, weight in weights.items():
+        *lead, in_features = weight.value.shape
+        expected = (*lead, weight.module.format.groups(in_features))
         if tuple(state[name].shape) != expected:
             raise FormatError(
                 f"{source} holds scales {tuple(state[name].shape)} for {name}, which needs {expected}; load its base"
@@ -302,13 +316,13 @@ def _refuse_other_layers(source: str, theirs: Iterable[str], layers: Iterable[st
         raise FormatError(f"{source} holds no scales for {missing[0]}; load a task of this model")
     if unknown := sorted(held - wanted):
         raise FormatError(
-            f"{source} holds scales for {unknown[0]}, which is no QuantLinear of this model; load its base"
+            f"{source} holds scales for {unknown[0]}, which is no quantized layer of this model; load its base"
         )
 
 
-def _codes_digest(layer: QuantLinear) -> str:
+def _codes_digest(weight: PackedWeight) -> str:
     """SHA-256 of what the scales were trained on: shape, codes, and zero points whatever their type."""
-    q = layer.quant_tensor
+    q = weight.value
     parts = [repr(q.shape), Stored.of(q.codes).sha256, *([] if q.zeros is None else [Stored.of(q.zeros).sha256])]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 

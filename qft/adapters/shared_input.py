@@ -63,7 +63,8 @@ class SharedInput:
 
 
 def _can_share(layer: QuantLinear) -> bool:
-    return layer.lora_A is not None and not layer.lora_pooled and isinstance(layer.lora_dropout, nn.Identity)
+    counts = layer.lora_A is not None and not layer.lora_aside
+    return counts and not layer.lora_pooled and isinstance(layer.lora_dropout, nn.Identity)
 
 
 def share_inputs(model: nn.Module, *args: Any, **kwargs: Any) -> int:

@@ -26,9 +26,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..experts import layout_of
 from ..format import Format
-from ..model import is_linear, output_head, weight_of
 from ..nn import QuantLinear
+from ..notices import say_once
+from ..targets import is_linear, output_head, weight_of
 from ..tensor import STORED
 
 METHODS = ("lora", "scales")
@@ -157,6 +159,8 @@ def _parts(model: nn.Module, fmt: Format | str | None) -> tuple[list[QuantLinear
             out, in_features = weight_of(module).shape
             layers.append(QuantLinear(in_features, out, fmt, bias=False, device="meta"))
             taken.add(id(module.weight))
+        elif layout_of(module) is not None:
+            say_once("the cost of a mixture leaves its experts' operations out, and scales of theirs that train")
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no quantized layer; name the fmt it would be quantized to")
     return layers, {id(p): p for p in model.parameters() if id(p) not in taken}

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model import matches
+from ..targets import matches
 
 CHUNK = 1 << 20  # entries drawn at a time: what a projection holds beside its result
 SHARE = 0.9

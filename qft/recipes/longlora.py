@@ -21,8 +21,8 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from ..adapters.scales import train_only
-from ..model import prepare_for_training
 from ..notices import say_once
+from ..prepare import prepare_for_training
 
 GROUPS_PER_ROW = 4  # the paper's G is a quarter of the row (section 4.1)
 NAME = "shifted_sparse"

@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from ..data import IGNORE, PaddingCollator, Row
-from ..model import matches, prepare_for_training
 from ..nn import QuantLinear
+from ..prepare import prepare_for_training
+from ..targets import matches
 
 BUFFER = 4  # hard samples kept (Wei et al., section 4)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..data import IGNORE, Examples, PaddingCollator
 from ..finetune import Finetuned, Recipe, run
-from ..model import prepare_for_training
+from ..prepare import prepare_for_training
 
 
 def rilq(

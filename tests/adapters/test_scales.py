@@ -162,13 +162,13 @@ def bare() -> nn.Module:
 
 
 REFUSED = {
-    "no QuantLinear": (lambda: train_only(nn.Linear(2, 2), "scales"), "Linear holds no QuantLinear; call qft.quantize"),
+    "no QuantLinear": (lambda: train_only(nn.Linear(2, 2), "scales"), "Linear holds no quantized layer; call qft.quantize"),
     "no LoRA": (lambda: train_only(bare(), ("scales", "lora")), "Sequential holds no lora to train; call add_lora"),
     "no bias": (lambda: train_only(bare(), "bias"), "holds no bias to train; train scales"),
     "another word": (lambda: train_only(bare(), "zeros"), "does not know 'zeros'; name one or several of scales, lora"),
     "nothing": (lambda: train_only(bare(), ()), "was given nothing to train; name"),
-    "state of none": (lambda: scales_state(nn.Linear(2, 2)), "holds no QuantLinear"),
-    "rounding none": (lambda: round_scales(nn.Linear(2, 2)), "holds no QuantLinear"),
+    "state of none": (lambda: scales_state(nn.Linear(2, 2)), "holds no quantized layer"),
+    "rounding none": (lambda: round_scales(nn.Linear(2, 2)), "holds no quantized layer"),
 }
 
 
@@ -321,7 +321,7 @@ OTHER_BASES = {
     "width": (other_width, "another base: the codes of last differ"),
     "layer less": (
         lambda model: setattr(model, "last", nn.Identity()),
-        "holds scales for last, which is no QuantLinear",
+        "holds scales for last, which is no quantized layer",
     ),
     "layer more": (layer_more, "holds no scales for extra"),
 }
@@ -356,7 +356,7 @@ def test_a_task_fits_its_base_whatever_type_that_stores_its_scales_in(tmp_path: 
 
 BAD_STATES = {
     "missing": (lambda s: s.pop("last"), "holds no scales for last"),
-    "unknown": (lambda s: s.update(more=torch.ones(1)), "holds scales for more, which is no QuantLinear"),
+    "unknown": (lambda s: s.update(more=torch.ones(1)), "holds scales for more, which is no quantized layer"),
     "shape": (lambda s: s.update(last=torch.ones(4, 2)), r"holds scales \(4, 2\) for last, which needs \(4, 1\)"),
     "NaN": (lambda s: s["last"].fill_(torch.nan), "holds scales of last that are not finite"),
     "integer": (
