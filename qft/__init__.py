@@ -35,21 +35,29 @@ if TYPE_CHECKING:
     from .adapters.shared_input import share_inputs as share_inputs
     from .calibration import Calibration as Calibration
     from .calibration import calibrate as calibrate
+    from .directory import load as load
+    from .embedding import QuantEmbedding as QuantEmbedding
+    from .experts import QuantExperts as QuantExperts
     from .format import Format as Format
     from .format import FormatError as FormatError
     from .init.loftq import loftq as loftq
-    from .io import load as load
+    from .integrations.fsdp import fully_shard as fully_shard
+    from .integrations.gather import gather_model as gather_model
+    from .integrations.sharded_checkpoint import load_sharded as load_sharded
+    from .integrations.sharded_checkpoint import save_sharded as save_sharded
+    from .integrations.transformers_config import QftConfig as QftConfig
     from .io import save as save
     from .kernels import compile as compile
     from .kernels import explain as explain
+    from .layer_report import Report as Report
+    from .layer_report import report as report
     from .measured_plan import plan_bits as plan_bits
     from .measured_plan import plan_first_layers as plan_first_layers
-    from .model import Report as Report
-    from .model import prepare_for_training as prepare_for_training
     from .model import quantize_model as quantize_model
-    from .model import report as report
     from .nn import QuantLinear as QuantLinear
     from .plan import Plan as Plan
+    from .prepare import prepare_for_training as prepare_for_training
+    from .streaming import quantize_checkpoint as quantize_checkpoint
     from .tensor import QuantTensor as QuantTensor
     from .tensor import quantize as quantize
 
@@ -60,35 +68,43 @@ _HOME = {
     "Format": "format",
     "FormatError": "format",
     "Plan": "plan",
+    "QftConfig": "integrations.transformers_config",
+    "QuantEmbedding": "embedding",
+    "QuantExperts": "experts",
     "QuantLinear": "nn",
     "QuantTensor": "tensor",
-    "Report": "model",
+    "Report": "layer_report",
     "calibrate": "calibration",
     "add_glora": "adapters.glora",
     "add_multilora": "adapters.multilora",
     "add_pooled_lora": "adapters.pooled",
     "compile": "kernels",
     "explain": "kernels",
-    "load": "io",
+    "fully_shard": "integrations.fsdp",
+    "gather_model": "integrations.gather",
+    "load": "directory",
     "load_adapter": "adapters.peft_format",
     "load_glora": "adapters.glora_file",
     "load_scales": "adapters.scales",
+    "load_sharded": "integrations.sharded_checkpoint",
     "loftq": "init.loftq",
     "merge_glora": "adapters.glora",
     "merge_multilora": "adapters.multilora",
     "merge_pooled": "adapters.pooled",
     "plan_bits": "measured_plan",
     "plan_first_layers": "measured_plan",
-    "prepare_for_training": "model",
+    "prepare_for_training": "prepare",
     "quantize": "tensor",
     "quantize_model": "model",
-    "report": "model",
+    "quantize_checkpoint": "streaming",
+    "report": "layer_report",
     "round_scales": "adapters.scales",
     "save": "io",
     "save_adapter": "adapters.peft_format",
     "sample_glora": "adapters.glora",
     "save_glora": "adapters.glora_file",
     "save_scales": "adapters.scales",
+    "save_sharded": "integrations.sharded_checkpoint",
     "scales_state": "adapters.scales",
     "search_glora": "adapters.glora_search",
     "share_inputs": "adapters.shared_input",
@@ -97,7 +113,10 @@ _HOME = {
 
 __all__ = sorted(_HOME)
 
-when_imported("peft", lambda: import_module(".integrations.peft", __name__))  # installs itself
+# these install themselves
+when_imported("peft", lambda: import_module(".integrations.peft", __name__))
+when_imported("transformers.quantizers.auto", lambda: import_module(".integrations.transformers", __name__))
+when_imported("transformers.modeling_utils", lambda: import_module(".integrations.transformers_model", __name__))
 
 
 def __getattr__(name: str) -> Any:

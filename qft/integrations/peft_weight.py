@@ -24,9 +24,15 @@ def own_product(layer: QuantLinear) -> tuple[Tensor, Tensor] | None:
 
 
 @torch.no_grad()
+def counting_product(layer: QuantLinear) -> tuple[Tensor, Tensor] | None:
+    """`own_product` where it is a part of what the layer computes; None where an adapter contains it instead."""
+    return None if layer.lora_aside else own_product(layer)
+
+
+@torch.no_grad()
 def effective_weight(layer: QuantLinear) -> Tensor:
-    """What the layer multiplies with, fp32 `[out, in]`: the dequantized weight and its own LoRA."""
-    own = own_product(layer)
+    """What the layer multiplies with, fp32 `[out, in]`: the dequantized weight and its own LoRA where that counts."""
+    own = counting_product(layer)
     return layer.dequantize() if own is None else torch.addmm(layer.dequantize(), *own)
 
 
@@ -84,7 +90,7 @@ def store_merged(layer: QuantLinear, merged: Tensor) -> None:
     What the layer's own LoRA adds is taken out first, so that the layer computes with `merged`. Errors are those of
     `qft.quantize`; the layer is then as it was.
     """
-    own = own_product(layer)
+    own = counting_product(layer)
     base = merged if own is None else torch.addmm(merged, *own, alpha=-1)
     layer.set_quantized(quantize(base, layer.format, name="the merged weight"))
     layer.init_errors = (((merged - effective_weight(layer)).norm() / merged.norm()).item(),)
