@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -174,7 +175,7 @@ def bare_new(cls, *args, **kwargs):
         ("9.0", lambda cls: None, "has layers that are built otherwise"),
     ],
 )
-def test_another_peft_is_left_alone_and_lora_still_merges(monkeypatch, caplog, version, maker, words):
+def test_another_peft_is_left_alone_and_lora_still_merges(monkeypatch, caplog, tmp_path, version, maker, words):
     monkeypatch.setattr(BaseTunerLayer, "__new__", staticmethod(maker))
     monkeypatch.setattr(peft, "__version__", version)
     with caplog.at_level(logging.WARNING, logger="qft"):
@@ -189,6 +190,16 @@ def test_another_peft_is_left_alone_and_lora_still_merges(monkeypatch, caplog, v
         model.merge_adapter()
         model.unmerge_adapter()
         assert torch.equal(logits(model), before)
+        model.save_pretrained(tmp_path)
+        again = LoraConfig.from_pretrained(tmp_path)  # the file does not hold the mapping
+        again._register_custom_module({QuantLinear: integration.on_packed(peft.tuners.lora.Linear)})
+        loaded = PeftModel.from_pretrained(packed(), tmp_path, config=again).eval()
+        assert torch.equal(logits(loaded), before)
+        assert {type(layer.base_layer) for layer in tuner_layers(loaded)} == {QuantLinear}
+        merged = loaded.merge_and_unload()
+        assert {layer.format for layer in merged.modules() if isinstance(layer, QuantLinear)} == {
+            qft.Format.parse("nf2 g64 f16")
+        }
 
 
 def test_dense_layers_keep_their_classes():
@@ -241,6 +252,15 @@ def test_eva_starts_from_activations():
 def test_packed_parameters_are_no_targets_of_their_own():
     with pytest.raises(ValueError, match="name its layer in target_modules instead"):
         get_peft_model(packed(), LoraConfig(r=4, target_modules=[], target_parameters=["q_proj.weight"]))
+
+
+@pytest.mark.parametrize("name", ["lm_head", "mlp"])
+def test_packed_modules_are_not_trained_whole(name):
+    base = qft.quantize_model(tiny_lm.model(), "nf2 g64 f16", formats={"lm_head": "int8 g32"})
+    with pytest.raises(ValueError, match=r"this QuantLinear is packed as .*; name it in target_modules, or leave it"):
+        get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS[:1], modules_to_save=[name]))
+    model = get_peft_model(packed(), LoraConfig(r=4, target_modules=TARGETS[:1], modules_to_save=["norm"]))
+    assert model.base_model.model.model.norm.modules_to_save["default"].weight.requires_grad
 
 
 @pytest.mark.parametrize("config", ["HRAConfig", "HiraConfig", "ShiraConfig"])
@@ -335,7 +355,7 @@ def test_a_lora_of_qfts_own_is_frozen_and_that_is_said(caplog):
     layer = QuantLinear.from_linear(nn.Linear(64, 32), "nf2 g64 f16")
     layer.add_lora(2)
     with caplog.at_level(logging.WARNING, logger="qft"):
-        integration.on_packed(peft.tuners.lora.Linear)(layer, "default", LoraConfig(), r=2, lora_alpha=2)
+        integration.on_packed(peft.tuners.lora.Linear)(layer, "default", LoraConfig(), r=4, lora_alpha=4)
     assert not layer.lora_A.requires_grad
     assert not layer.lora_B.requires_grad
     assert "PEFT freezes the LoRA that these layers have of their own" in caplog.text
@@ -465,6 +485,28 @@ def test_adapters_are_loaded_beside_others(tmp_path):
         model.set_adapter(adapter)
         loaded.set_adapter(adapter)
         assert torch.equal(logits(loaded.eval()), logits(model))
+
+
+def test_all_linear_finds_every_packed_layer():
+    model = get_peft_model(packed(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    around = {id(layer.get_base_layer()) for layer in tuner_layers(model)}
+    assert around == {id(module) for module in model.modules() if isinstance(module, QuantLinear)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_file_of_plain_pefts_loads_on_packed_layers_and_is_saved_as_it_was(method, tmp_path):
+    dense = tiny_lm.model()
+    for path, layer in packed().named_modules():
+        if isinstance(layer, QuantLinear):
+            dense.get_submodule(path).weight.data = layer.dequantize()
+    plain = stir(get_peft_model(dense, METHODS[method]()))
+    plain.save_pretrained(tmp_path / "plain")
+    loaded = PeftModel.from_pretrained(packed(), tmp_path / "plain").eval()
+    assert (logits(loaded) - logits(plain)).abs().max() < 1e-4
+    loaded.save_pretrained(tmp_path / "again")
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "again"))
+    assert before.keys() == after.keys()
+    assert same(list(before.values()), [after[name] for name in before])
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -18,8 +18,16 @@ for a LoraConfig `config`, to be handed to `get_peft_model` and to `PeftModel.fr
 
 Merging costs one more rounding: `qft.report(model)` tells each merged layer's relative error. The stored tensors from
 before the merge are kept beside the adapter, as many bytes again, so that unmerging is exact to the bit. Biases count.
-A LoRA of qft's own on the layer (`add_lora`) stays: methods see W + scaling B A, and the product is taken out again of
-what is stored. It is frozen, as PEFT freezes all that it does not save.
+
+A LoRA of qft's own on the layer (a start such as LoftQ's, or `add_lora`) is what PEFT's LoRA and DoRA begin from where
+their rank is the same and `init_lora_weights=True` (peft_start.py): the model computes what it did before, the adapter
+contains the start, merges it and saves it, and the layer's own counts only where no such adapter is active: when
+adapters are disabled or unloaded, and in the rows `__base__` of a mixed batch. A file of PEFT's is read by the same
+rule, so it belongs to the base it was trained on. One of the same rank that was trained without that start, such as on
+the dense model, goes beside it by a config whose `init_lora_weights` is False.
+
+Under another rank or method the layer's own LoRA stays: methods see W + scaling B A, and the product is taken out again
+of what is stored. It is frozen, as PEFT freezes all that it does not save.
 """
 
 from __future__ import annotations
@@ -33,9 +41,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..embedding import QuantEmbedding
+from ..experts import QuantExperts
 from ..nn import FloatFacingQuantLinear, QuantLinear
 from ..notices import say_once
+from ..packed import Packed
 from .peft_dora import PackedDora
+from .peft_embedding import on_packed_embedding
+from .peft_start import AroundOwnLora, noting_combinations
 from .peft_weight import DenseFace, Stored, store_merged
 
 # Methods of PEFT 0.21 whose forward pass reads the weight itself; they fail on codes somewhere in the middle.
@@ -56,28 +69,16 @@ def _refuse(start: str) -> Callable[..., None]:
     return init
 
 
-class OnPacked:
+class OnPacked(AroundOwnLora):
     """Goes before a class of PEFT's tuner layers; `on_packed` makes the two one."""
 
     peft_class: type[Any]
     base_layer: nn.Module
-    merged_adapters: list[str]
     _face: tuple[DenseFace, ...] = ()  # while PEFT reads the weight
     _unmerged: Stored | None = None  # what the layer held before the first merge
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        layer = self._packed()
-        if layer.lora_A is not None and layer.lora_B is not None and layer.lora_A.requires_grad:
-            layer.lora_A.requires_grad_(False)  # PEFT before 0.21 lets everything train that is called lora_
-            layer.lora_B.requires_grad_(False)
-            say_once("PEFT freezes the LoRA that these layers have of their own (add_lora); its files do not hold it")
-
     def get_base_layer(self) -> nn.Module:
         return self._face[0] if self._face else super().get_base_layer()  # type: ignore[misc]
-
-    def _packed(self) -> QuantLinear:
-        return super().get_base_layer()  # type: ignore[misc]
 
     @contextmanager
     def _facing(self, values: bool = True) -> Iterator[DenseFace]:
@@ -96,7 +97,10 @@ class OnPacked:
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         with self._facing(values=not hasattr(self, "rank_dropout")):  # LoHa and LoKr ask for the shape alone
             super().update_layer(adapter_name, *args, **kwargs)  # type: ignore[misc]
+        self._leave_out_own([adapter_name])
         PackedDora.adopt(self, adapter_name, self._packed())
+        self._leave_out_own()
+        self._freeze_own(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, *args: Any, **kwargs: Any) -> None:
         face, self._face = self._face, ()  # to the device of the codes, in the adapter's own dtype
@@ -142,6 +146,7 @@ class OnPacked:
         layer, earlier = self._packed(), list(self.merged_adapters)
         before = Stored(layer)
         original = self._unmerged or before
+        self._leave_out_own([*earlier, *wanted])
         try:
             if earlier:  # all of them into the weight as it was: one rounding, not one for each
                 original.put_back(layer)
@@ -154,6 +159,8 @@ class OnPacked:
             before.put_back(layer)
             self.merged_adapters[:] = earlier
             raise
+        finally:
+            self._leave_out_own()
         if self.merged_adapters:
             self._unmerged = original
 
@@ -165,6 +172,7 @@ class OnPacked:
         self._unmerged.put_back(self._packed())
         self._unmerged = None
         self.merged_adapters.clear()
+        self._leave_out_own()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copied and pickled as PEFT's class with a state: a class made at run time has no name to be found by."""
@@ -192,9 +200,13 @@ def _new_tuner_layer(cls: type[Any], *args: Any, **kwargs: Any) -> Any:
     layer: Any = args[0] if args else kwargs.get("base_layer")
     while hasattr(layer, "base_layer"):
         layer = layer.base_layer
+    if isinstance(layer, QuantExperts):
+        raise ValueError("experts are packed and take no LoRA; train their scales with qft.train_only(model, 'scales')")
+    if isinstance(layer, Packed) and cls.__name__ == "ParamWrapper":
+        raise ValueError("target_parameters names a packed weight; name its layer in target_modules instead")
+    if isinstance(layer, QuantEmbedding):
+        cls = on_packed_embedding(cls)
     if isinstance(layer, QuantLinear):
-        if cls.__name__ == "ParamWrapper":
-            raise ValueError("target_parameters names a packed weight; name its layer in target_modules instead")
         method = cls.__module__.removeprefix("peft.tuners.").partition(".")[0]
         if method in READ_DENSE:
             raise ValueError(
@@ -213,10 +225,11 @@ def _prepare(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any
     It switches gradient checkpointing on for models it takes for quantized, which a qft model is for this call alone:
     with that mark on, transformers and accelerate would treat it as one of bitsandbytes'.
     """
-    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    layers = [module for module in model.modules() if isinstance(module, Packed)]
     if not layers:
         return original(model, *args, **kwargs)
-    stored = [(tensor, tensor.dtype) for layer in layers for tensor in layer.quant_tensor.tensors().values()]
+    tensors = [layer._parameters[name] for layer in layers for name in layer.stored]
+    stored = [(tensor, tensor.dtype) for tensor in tensors if tensor is not None]
     kept = {id(tensor) for tensor, _ in stored}
     others = [parameter for parameter in model.parameters() if id(parameter) not in kept]
     before = sum(parameter.nbytes for parameter in others)
@@ -236,6 +249,22 @@ def _prepare(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any
     return prepared
 
 
+def _refusing_packed(check: Callable[..., None]) -> Callable[..., None]:
+    """`ModulesToSaveWrapper.check_module`, which refuses what PEFT would try to train whole."""
+
+    @functools.wraps(check)
+    def check_module(wrapper: Any) -> None:
+        check(wrapper)
+        for module in wrapper.original_module.modules():
+            if isinstance(module, Packed):
+                raise ValueError(
+                    f"modules_to_save trains a copy of every weight, and this {type(module).__name__} is packed as "
+                    f"{module.format}; name it in target_modules, or leave it dense when quantizing (skip)"
+                )
+
+    return check_module
+
+
 def _replace_everywhere(function: Callable[..., Any], around: Callable[..., Any]) -> None:
     """Put `around(function, ...)` in the place of a module's function, also where others imported it by name."""
     wrapped = functools.wraps(function)(functools.partial(around, function))
@@ -249,7 +278,9 @@ def install() -> None:
     """Teach the PEFT that is imported what a QuantLinear is. Calling it again changes nothing."""
     import peft
     from packaging.version import Version
+    from peft.tuners.lora import LoraModel
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
 
     maker = BaseTunerLayer.__new__
     if maker is _new_tuner_layer:
@@ -262,6 +293,8 @@ def install() -> None:
     else:
         BaseTunerLayer.__new__ = staticmethod(_new_tuner_layer)  # type: ignore[assignment]
         _replace_everywhere(peft.prepare_model_for_kbit_training, _prepare)
+        ModulesToSaveWrapper.check_module = _refusing_packed(ModulesToSaveWrapper.check_module)  # type: ignore[method-assign]
+        LoraModel.add_weighted_adapter = noting_combinations(LoraModel.add_weighted_adapter)  # type: ignore[method-assign]
         return
     say_once(
         f"PEFT {peft.__version__} {reason}: LoRA trains on quantized layers, but merging, DoRA, LoHa and LoKr fail; "

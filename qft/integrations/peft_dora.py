@@ -5,7 +5,8 @@ weights that is a dequantization per layer and step, and with dropout a dense we
 
     |w_i + s b_i A|^2 = |w_i|^2 + 2 s b_i (A w_i) + s^2 b_i (A At) b_i
 
-where A w_i is `rank` rows through the packed product, and |w_i|^2 changes only when the stored tensors do.
+where A w_i is `rank` rows through the packed product, and |w_i|^2 changes only when the stored tensors do. Under
+torch.compile the latter is taken anew at every step, from a dense weight that lives as long as that takes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..nn import QuantLinear
-from .peft_weight import effective_weight, own_product
+from .peft_weight import counting_product, effective_weight
 
 
 class PackedDora(DoraLinearLayer):
@@ -65,15 +66,19 @@ class PackedDora(DoraLinearLayer):
         with torch.autocast(a.device.type, enabled=False):
             a, b = a.float(), b.float()
             low = ops.matmul(a, layer.quant_tensor)  # A Wt
-            if (own := own_product(layer)) is not None:
+            if (own := counting_product(layer)) is not None:
                 low = low + a @ own[1].T @ own[0].T
             squares = self._row_squares(layer) + 2 * scaling * (b * low.T).sum(1)
             squares += scaling**2 * (b @ (a @ a.T) * b).sum(1)
         return squares.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
     def _row_squares(self, layer: QuantLinear) -> Tensor:
+        if torch.compiler.is_compiling():  # a graph has no memory of what it was taken of
+            dense, own = ops.dequantize(layer.quant_tensor, torch.float32), counting_product(layer)
+            return (dense if own is None else torch.addmm(dense, *own)).square().sum(1)
         held = [p for name, p in layer._parameters.items() if p is not None and name != "bias"]
-        state = [(p.data_ptr(), p.device, None if p.is_inference() else p._version) for p in held]
+        state: list[Any] = [layer.lora_aside]
+        state += [(p.data_ptr(), p.device, None if p.is_inference() else p._version) for p in held]
         if self._squares is None or self._squares[0] != state:
             self._squares = state, effective_weight(layer).square().sum(1)
         return self._squares[1]

@@ -10,11 +10,10 @@ import tiny_lm
 import torch
 from formats import BOUND, DTYPES, ODD, error
 from place import BOTH, DEVICE, OWN, here, there
-from test_ops import CHECKED, arguments
+from test_ops import CHECKED, OPERATORS, arguments, has
 
 import qft
 from qft import kernels, native, ops, reference
-from qft.format import Format
 from qft.pretrained import load_model
 
 GIB = 1 << 30
@@ -23,10 +22,10 @@ DEMO = Path(__file__).resolve().parents[2] / "examples" / "stdlib-lm"
 # ------------------------------------------------------------------------------------------------ tracing, autograd
 
 
-@pytest.mark.parametrize("verb", ["matmul", "matmul_t", "scale_grad", "zero_grad"])
+@pytest.mark.parametrize("verb", OPERATORS)
 @pytest.mark.parametrize("fmt", CHECKED)
 def test_opcheck(verb, fmt):
-    if verb == "zero_grad" and not Format.parse(fmt).zero:
+    if not has(verb, fmt):
         pytest.skip(f"{fmt} has no zero points")
     for dtype, leading in ((torch.bfloat16, (2, 7)), (torch.float32, (0,))):
         on_cpu = arguments(verb, fmt, dtype, leading)
@@ -141,6 +140,116 @@ def test_a_captured_graph_replays_on_other_inputs(verb, kernel, fmt, emptied):
             out.fill_(float("nan"))
             graph.replay()
             assert same(out, wanted, uses_cublas(verb, kernel, rows)), f"{shape}, {rows} rows, replay {seed}"
+
+
+def block_step(compiled=False):
+    """A decoder block of a small Llama with LoRA on the device: one training step of it, on inputs of a seed."""
+    model = qft.quantize_model(tiny_lm.model().requires_grad_(False), "nf4 g64 dq", rank=4).to(DEVICE).train()
+    for layer in model.modules():
+        if isinstance(layer, qft.QuantLinear):
+            torch.nn.init.normal_(layer.lora_B, std=0.1)
+    block = model.model.layers[0]
+    trainable = [p for p in block.parameters() if p.requires_grad]
+    x = torch.zeros(2, 40, 64, device=DEVICE, requires_grad=True)
+    position = model.model.rotary_emb(x, torch.arange(40, device=DEVICE)[None])
+    run = torch.compile(block, fullgraph=True) if compiled else block
+
+    def step():
+        for leaf in (x, *trainable):
+            leaf.grad = None
+        with torch.autocast(DEVICE, torch.bfloat16, cache_enabled=False):  # a cached cast would outlive a graph
+            y = run(x, position_embeddings=position)
+        y.float().square().mean().backward()
+        return [y.detach(), *(leaf.grad for leaf in (x, *trainable))]
+
+    def fill(seed):
+        with torch.no_grad():
+            x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
+
+    return step, fill
+
+
+def test_a_step_of_a_block_waits_for_nothing():
+    step, fill = block_step()
+    fill(0)
+    step()  # lazy set-up may
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_of_a_block_is_captured_and_replays():
+    step, fill = block_step()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        inside = step()
+    for seed in range(3):
+        fill(seed)
+        graph.replay()
+        got = [here(tensor.clone()) for tensor in inside]
+        for value, wanted in zip(got, map(here, step()), strict=True):
+            assert error(value, wanted.double()) <= 3 * BOUND[torch.bfloat16], seed
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method.:DeprecationWarning")  # inductor's own import
+def test_a_block_compiles_as_one_graph():
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    step, fill = block_step()
+    fill(0)
+    wanted = list(map(here, step()))
+    torch.manual_seed(0)
+    step, fill = block_step(compiled=True)
+    fill(0)
+    with (
+        torch._functorch.config.patch(enable_autograd_cache=False),
+        torch._dynamo.config.patch(error_on_recompile=True),
+    ):
+        for _ in range(2):
+            for value, exact in zip(map(here, step()), wanted, strict=True):
+                # a compiler may keep fp32 where eager torch rounds between two steps
+                assert error(value, exact.double()) <= 10 * BOUND[torch.bfloat16]
+
+
+@pytest.mark.parametrize("fmt", ["int3 g32 f32 zero", "int4 channel f32 zero"])
+def test_gradients_of_scales_and_zero_points_are_captured(fmt):
+    layer = layer_on_cpu(fmt, torch.bfloat16).to(DEVICE)
+    trained = [layer._parameters[name].requires_grad_() for name in ("weight_scales", "weight_zeros")]
+    x, dy = there(torch.randn(5, 200).bfloat16()), there(torch.randn(5, 136).bfloat16())
+
+    def step():
+        for parameter in layer.parameters():
+            parameter.grad = None
+        layer(x).backward(dy)
+        dense = ops.dequantize(layer.quant_tensor, torch.bfloat16)
+        dense.backward(torch.ones_like(dense))
+        return [parameter.grad for parameter in trained]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        inside = step()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x.copy_(torch.randn(x.shape))
+        dy.copy_(torch.randn(dy.shape))
+        graph.replay()
+        got = [here(tensor.clone()) for tensor in inside]
+        for value, wanted in zip(got, map(here, step()), strict=True):
+            assert error(value, wanted.double()) <= 3 * BOUND[torch.bfloat16], seed
 
 
 @pytest.mark.parametrize(("verb", "kernel"), [*RUNS, ("quantize", OWN)])
