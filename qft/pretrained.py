@@ -1,4 +1,4 @@
-"""A directory on this machine as a language model and its tokenizer, dense or saved by qft."""
+"""A directory on this machine as a language model and its tokenizer, dense or quantized."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from .directory import is_quantized, kind_of, load
 from .format import FormatError
-from .io import load
-from .manifest import NAME, Manifest
-from .model import LayerReport, Report
-from .tensor import STORED
+from .layer_report import LayerReport, Report, report
+from .manifest import Manifest
+from .packed import stored_names
 from .tensor_file import DTYPES
 
 CHOICES = ("auto", "float32", "bfloat16", "float16")
@@ -26,17 +26,13 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def is_quantized(directory: str | Path) -> bool:
-    """Whether qft saved the model in this directory."""
-    return (Path(directory) / NAME).is_file()
-
-
-def load_model(directory: str | Path, dtype: str = "auto") -> nn.Module:
+def load_model(directory: str | Path, dtype: str = "auto", requantize: str | None = None) -> nn.Module:
     """The causal language model in a directory, in eval mode.
 
     Args:
         directory: written by transformers' save_pretrained or by `qft.save`. Nothing is looked up elsewhere.
         dtype: of what is not quantized; auto keeps the file's.
+        requantize: as in `qft.load`.
 
     Raises:
         OSError: there is no model in the directory.
@@ -50,8 +46,8 @@ def load_model(directory: str | Path, dtype: str = "auto") -> nn.Module:
         raise FileNotFoundError(f"{path} is no directory; give one written by save_pretrained or by qft quantize")
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} holds no config.json; give a directory written by save_pretrained or qft")
-    if is_quantized(path):
-        model = load(path)
+    if is_quantized(path) or requantize is not None:
+        model = load(path, requantize=requantize)
         return (model if dtype == "auto" else model.to(getattr(torch, dtype))).eval()
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
@@ -63,21 +59,41 @@ def load_model(directory: str | Path, dtype: str = "auto") -> nn.Module:
 
 
 def describe(directory: str | Path) -> Report:
-    """What qft saved in a directory, from its description alone: no weight is read.
+    """What of the model in a directory is quantized; of what `qft.save` wrote, from its description alone.
 
     Raises:
         FormatError: the description is missing or damaged.
     """
+    if kind_of(directory) not in ("qft", None):
+        return report(load(directory))
     made = Manifest.read(Path(directory))
     sizes = {name: math.prod(stored.shape) * DTYPES[stored.dtype].itemsize for name, stored in made.tensors.items()}
-    layers = []
+    layers: list[LayerReport] = []
+    holder: dict[str, str] = {}  # the path that each stored weight was first met under
+    packed: set[str] = set()
     for path, layer in made.layers.items():
-        nbytes = sum(sizes.get(f"{path}.{name}", 0) for name in STORED)
-        dense = layer.dense_nbytes or 2 * math.prod(layer.shape)
-        rank = layer.lora.rank if layer.lora else 0
-        layers.append(LayerReport(path, layer.format, layer.shape, nbytes, dense, rank, layer.errors))
-    total = sum(sizes.values())
-    return Report(tuple(layers), total, total - sum(layer.nbytes for layer in layers))
+        prefix, rank = f"{path}.".lstrip("."), layer.lora.rank if layer.lora else 0
+        everything = sum(math.prod(weight.shape) for weight in layer.weights.values())
+        for name, weight in layer.weights.items():
+            here = path if layer.kind != "experts" else prefix + name
+            stored = [made.tied.get(prefix + each, prefix + each) for each in stored_names(name)]
+            first = holder.setdefault(stored[0], here)
+            nbytes = sum(sizes.get(each, 0) for each in stored)
+            count = math.prod(weight.shape)
+            dense = (layer.dense_nbytes or 2 * everything) * count // everything
+            shares = "" if first == here else first
+            layers.append(
+                LayerReport(
+                    here, layer.format, weight.shape, nbytes, dense, rank, weight.errors, "", layer.kind, shares
+                )
+            )
+            packed.update(stored)
+        packed.add(f"{prefix}weight_format")
+    total, own = sum(sizes.values()), [layer for layer in layers if not layer.shares]
+    floating = {name for name, stored in made.tensors.items() if DTYPES[stored.dtype].is_floating_point}
+    alone = sum(math.prod(made.tensors[name].shape) for name in floating - packed)
+    parameters = alone + sum(layer.weights for layer in own)
+    return Report(tuple(layers), total, total - sum(layer.nbytes for layer in own), parameters)
 
 
 def load_tokenizer(directory: str | Path) -> Any:

@@ -22,7 +22,7 @@ def adapter(
     quiet()
     from .. import checkpoint
     from ..adapters.peft_format import describe_adapter, save_adapter
-    from ..io import load
+    from ..directory import load
 
     checkpoint.refuse_to_overwrite(out)
     save_adapter(load(model), out)
