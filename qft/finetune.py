@@ -16,14 +16,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from . import checkpoint
+from . import checkpoint, losses, ranks
 from .adapters.scales import train_only
 from .data import Examples, PaddingCollator
 from .format import FormatError
-from .model import prepare_for_training
 from .notices import say_once
+from .prepare import prepare_for_training
 
 # QLoRA, section 4 (7B); PEQA, section 4: scales are multiplied into every weight of their group, so they move slowly.
 LEARNING_RATES = {"lora": 2e-4, "scales": 2e-5}
@@ -40,7 +40,7 @@ class Recipe:
         method: what trains: the LoRA of every QuantLinear, or its scales (PEQA).
         steps: optimizer steps; 0 takes them from `epochs`.
         epochs: passes over the data, where `steps` is 0.
-        batch_size: rows per forward pass.
+        batch_size: rows per forward pass, on each rank where torchrun has started several.
         accumulate: forward passes per optimizer step.
         learning_rate: AdamW's, at its peak; None takes the method's of `LEARNING_RATES`.
         warmup: share of the steps with a rising learning rate; it then falls linearly to 0.
@@ -88,7 +88,7 @@ class Finetuned:
 
     Attributes:
         steps: optimizer steps in all, those before a resume included.
-        loss: mean training loss over the steps of this process, nats per token.
+        loss: mean training loss over all steps, on the first rank those before a resume included, nats per token.
         seconds: of this process.
         resumed_from: step of the checkpoint the run went on from; 0 for a fresh start.
         skipped: a sentence for each incomplete checkpoint.
@@ -117,7 +117,8 @@ def finetune(
         collate: pads rows to a batch.
         recipe: how.
         directory: where checkpoints go. A run of the same recipe and rows that was killed goes on from its newest
-            complete checkpoint and ends with the bits of an uninterrupted run. None keeps no checkpoints.
+            complete checkpoint and ends with the bits of an uninterrupted run. None keeps no checkpoints. Each step's
+            loss is in `losses.csv` there.
         on_step: called with (step, steps, training loss in nats per token).
 
     Raises:
@@ -138,10 +139,12 @@ def run(
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> Finetuned:
     """As `finetune`, for a model whose trainable parameters are already chosen, whatever they are."""
+    ranks.join()
     if directory is None:
         with tempfile.TemporaryDirectory() as scratch:
             return _train(model, train, collate, recipe, Path(scratch), False, on_step)
-    checkpoint.claim(Path(directory) / RECIPE, _settings(recipe, train))
+    settings = _settings(recipe, train)
+    ranks.on_first(lambda: checkpoint.claim(Path(directory) / RECIPE, settings))
     return _train(model, train, collate, recipe, Path(directory), True, on_step)
 
 
@@ -175,29 +178,37 @@ def _train(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=ranks.count() > 1 and ranks.on_cpu(),
     )
-    watch = _Watch(on_step)
+    watch = _Watch(on_step, directory / losses.NAME if save and ranks.is_first() else None)
     trainer = _Trainer(model=model, args=arguments, train_dataset=train, data_collator=collate, callbacks=[watch])
     trainer.remove_callback(PrinterCallback)
-    last, skipped = checkpoint.newest(directory) if save else (None, [])
+    last, skipped = ranks.on_first(lambda: checkpoint.newest(directory)) if save else (None, [])
     for sentence in skipped:
         say_once(sentence)
+    resumed_from = int(last.name.rpartition("-")[2]) if last else 0
+    if save and ranks.is_first():
+        watch.losses = [loss for _, loss in losses.begin(directory / losses.NAME, resumed_from)]
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if last and TrainerState.load_from_json(str(last / losses.TRAINER)).max_steps == resumed_from:
+        trainer._load_from_checkpoint(str(last))  # killed after its last step: Trainer would take one more
+    else:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
     return Finetuned(
-        steps=trainer.state.global_step,
+        steps=max(trainer.state.global_step, resumed_from),
         loss=watch.mean(),
         seconds=time.perf_counter() - start,
-        resumed_from=int(last.name.rpartition("-")[2]) if last else 0,
+        resumed_from=resumed_from,
         skipped=skipped,
     )
 
 
 class _Watch(TrainerCallback):
-    """Reports each step's loss, and stops at one that is not finite."""
+    """Reports each step's loss, writes it down, and stops at one that is not finite."""
 
-    def __init__(self, on_step: Callable[[int, int, float], None] | None) -> None:
+    def __init__(self, on_step: Callable[[int, int, float], None] | None, curve: Path | None) -> None:
         self.on_step = on_step
+        self.curve = curve
         self.losses: list[float] = []
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
@@ -209,6 +220,8 @@ class _Watch(TrainerCallback):
                 f"the loss is {loss} at step {state.global_step}; lower the learning rate, now {args.learning_rate}"
             )
         self.losses.append(loss)
+        if self.curve:
+            losses.append(self.curve, state.global_step, loss)
         state.log_history.clear()  # it is saved with every checkpoint and would grow with the run
         if self.on_step:
             self.on_step(state.global_step, state.max_steps, loss)
@@ -221,6 +234,8 @@ class _Trainer(Trainer):
     """transformers' Trainer, whose checkpoints hold only what trains and count once they are sealed."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not ranks.is_first():
+            return
         directory = Path(str(output_dir or self.args.output_dir))
         directory.mkdir(parents=True, exist_ok=True)
         trained = {name: parameter.detach().contiguous() for name, parameter in _trainable(self.model).items()}
@@ -228,14 +243,18 @@ class _Trainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         directory = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        if directory.exists():  # an incomplete one, or the run would have gone on from it
-            shutil.rmtree(directory)
+        # an incomplete one, or the run would have gone on from it
+        ranks.on_first(lambda: shutil.rmtree(directory) if directory.exists() else None)
         try:
             super()._save_checkpoint(model, trial)
         except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
             raise OSError(f"{directory} cannot be written ({error}); make room and start the run again") from None
-        checkpoint.seal(directory)
-        checkpoint.prune(directory, KEPT)
+
+        def complete() -> None:
+            checkpoint.seal(directory)
+            checkpoint.prune(directory, KEPT)
+
+        ranks.on_first(complete)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint) / TRAINED
@@ -261,4 +280,5 @@ def _settings(recipe: Recipe, train: Examples) -> dict[str, Any]:
     for row in train:
         for name in ("input_ids", "labels"):
             tokens.update(row[name].numpy().tobytes())
-    return {**asdict(recipe), "learning_rate": recipe.rate, "rows": len(train), "rows_sha256": tokens.hexdigest()}
+    rows = {"rows": len(train), "rows_sha256": tokens.hexdigest()}
+    return {**asdict(recipe), "learning_rate": recipe.rate, **rows, "ranks": ranks.count()}

@@ -6,13 +6,13 @@ While it runs, `out/run` holds what it needs to go on:
     start/            the quantized model as training begins
     checkpoints/      what trains, the optimizer and the random states, every `save_every` steps
 
-It is deleted once the tuned model stands in `out`.
+It is deleted once the tuned model stands in `out`, with the losses of the run in `losses.csv`.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoint
+from . import checkpoint, losses, ranks
 from .adapters.scales import save_scales
 from .calibration import Calibration
 from .data import PaddingCollator, read
+from .directory import is_quantized
 from .evaluate import perplexity
+from .files import replace_file
 from .finetune import Recipe, finetune
 from .format import Format, FormatError
 from .io import load, save
 from .model import quantize_model
 from .nn import QuantLinear
 from .notices import say_once
-from .pretrained import is_quantized, load_model, load_tokenizer, row_length, vocabulary
+from .pretrained import load_model, load_tokenizer, row_length, vocabulary
 
 Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 TASK = "task.safetensors"
@@ -44,7 +46,7 @@ class Start:
 
     Attributes:
         model: directory of a dense model, or of one qft saved.
-        format: spelling of the weight format, for a dense model; None for a quantized one, or where a plan has it.
+        format: spelling of the weight format, for a dense model; None for a quantized one.
         init, iters: where codes and LoRA start, see `qft.quantize_model`.
         calibration: directory of `qft calibrate`, for a start that uses it.
         rank, alpha, dropout: of the LoRA; unused by the method scales.
@@ -65,11 +67,12 @@ class Start:
 def open_quantized(
     start: Start,
     lora: bool,
-    skip: Sequence[str] = (),
-    formats: Mapping[str, str] | None = None,
     progress: bool = False,
+    requantize: str | None = None,
 ) -> nn.Module:
     """The quantized model, with a LoRA on every QuantLinear if `lora`; `progress` draws a bar on stderr.
+
+    `requantize` is as in `qft.load`.
 
     Raises:
         ValueError: a dense model without a format, or a quantized one with.
@@ -79,14 +82,14 @@ def open_quantized(
     if is_quantized(start.model):
         if start.format:
             raise ValueError(f"{start.model} is quantized already; leave out the format, or name the dense model")
-        model = load_model(start.model, start.dtype)
+        model = load_model(start.model, start.dtype, requantize)
         bare = [module for module in model.modules() if isinstance(module, QuantLinear) and not module.lora_rank]
         for module in bare if lora else []:
             module.add_lora(start.rank, start.alpha, start.dropout)
         return model
-    if not (start.format or formats):
+    if not start.format:
         raise ValueError(f"{start.model} is not quantized; name a format, for example 'nf4 g64 f32'")
-    fmt = Format.parse(start.format) if start.format else None  # a misspelt format is said before a large model is read
+    fmt = Format.parse(start.format)  # a misspelt format is said before a large model is read
     return quantize_model(
         load_model(start.model, start.dtype),
         fmt,
@@ -96,8 +99,6 @@ def open_quantized(
         iters=start.iters,
         calibration=Calibration.load(start.calibration) if start.calibration else None,
         dropout=start.dropout,
-        skip=skip,
-        formats=formats,
         progress=progress,
     )
 
@@ -129,27 +130,33 @@ def tune(
         ValueError, TypeError, OSError: as `open_quantized`, `qft.data.read` and `qft.finetune.finetune`.
         FileExistsError: `out` holds something else than an unfinished run.
     """
-    tell = progress or (lambda what, done, total: None)
+    ranks.join()
+    tell = progress if progress and ranks.is_first() else lambda what, done, total: None
     run, finished = out / "run", out / "run.finished"
-    shutil.rmtree(finished, ignore_errors=True)  # of a run that was killed while it was deleted
     settings = _settings(start, data, recipe)
-    if run.is_dir():
-        checkpoint.claim(run / COMMAND, settings)
-    else:
-        checkpoint.refuse_to_overwrite(out)
-    torch.manual_seed(recipe.seed)  # the LoRA's first values
-    begun = (run / "start" / checkpoint.SEAL).is_file()
-    model = _read_start(run) if begun else open_quantized(start, recipe.method == "lora", progress=progress is not None)
-    tokenizer = load_tokenizer(start.model)
-    collate = PaddingCollator.of(tokenizer)
-    length = row_length(model, block_size)
-    train, rest = read(data, tokenizer, length, held_out=held_out, vocabulary=vocabulary(model))
-    if train.note():
-        say_once(train.note())
-    if not begun:  # nothing is written before everything was read
-        checkpoint.claim(run / COMMAND, settings)
-        save(model, run / "start")
-        checkpoint.seal(run / "start")
+    with ranks.first_goes_ahead():  # and writes the start, which the others read
+        if ranks.is_first():
+            shutil.rmtree(finished, ignore_errors=True)  # of a run that was killed while it was deleted
+            if run.is_dir():
+                checkpoint.claim(run / COMMAND, settings)
+            else:
+                checkpoint.refuse_to_overwrite(out)
+        torch.manual_seed(recipe.seed)  # the LoRA's first values
+        begun = (run / "start" / checkpoint.SEAL).is_file()
+        if begun:
+            model = _read_start(run)
+        else:
+            model = open_quantized(start, recipe.method == "lora", progress=progress is not None)
+        tokenizer = load_tokenizer(start.model)
+        collate = PaddingCollator.of(tokenizer)
+        length = row_length(model, block_size)
+        train, rest = read(data, tokenizer, length, held_out=held_out, vocabulary=vocabulary(model))
+        if train.note():
+            say_once(train.note())
+        if not begun:  # nothing is written before everything was read
+            checkpoint.claim(run / COMMAND, settings)
+            save(model, run / "start")
+            checkpoint.seal(run / "start")
 
     def measure() -> float | None:
         if not held_out:
@@ -173,8 +180,12 @@ def tune(
         "resumed from step": done.resumed_from,
         "notes": [*done.skipped, *filter(None, [train.note()])],
     }
+    if not ranks.is_first():
+        return result
     if recipe.method == "scales":
         save_scales(model, out / TASK)
+    with replace_file(out / losses.NAME) as temporary:
+        shutil.copy(run / "checkpoints" / losses.NAME, temporary)
     errors = save(model, out, tokenizer, round_scales=rounded)
     if errors:
         result["largest rounding error of scales"] = max(errors.values())

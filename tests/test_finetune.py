@@ -129,12 +129,14 @@ def test_an_incomplete_checkpoint_is_skipped_named_and_replaced(tmp_path, caplog
     assert not (tmp_path / "checkpoint-12" / "left over").exists()
 
 
-def test_a_finished_run_is_read_back(tmp_path):
+@pytest.mark.parametrize("steps", [10, 5], ids=["at the end of an epoch", "within one"])
+def test_a_finished_run_is_read_back(tmp_path, steps):
     whole, model = quantized(), quantized()
-    finetune(whole, rows(), COLLATE, recipe(), tmp_path)
-    done = finetune(model, rows(), COLLATE, recipe(), tmp_path)
-    assert (done.resumed_from, done.steps) == (12, 12)
-    assert math.isnan(done.loss)
+    first = finetune(whole, rows(), COLLATE, recipe(steps=steps), tmp_path)
+    curve = (tmp_path / "losses.csv").read_bytes()
+    done = finetune(model, rows(), COLLATE, recipe(steps=steps), tmp_path)
+    assert (done.resumed_from, done.steps, done.loss) == (steps, steps, first.loss)
+    assert (tmp_path / "losses.csv").read_bytes() == curve
     assert same(state(model), state(whole))
 
 
@@ -151,7 +153,12 @@ def test_a_checkpoint_holds_only_what_trains(tmp_path, method):
         "trained.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "complete.json",
     }  # fmt: skip
     assert json.loads((directory / "trainer_state.json").read_text())["log_history"] == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-12", "recipe.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-10",
+        "checkpoint-12",
+        "losses.csv",
+        "recipe.json",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import tiny_lm
 import torch
 
 import qft
+from qft import losses
 from qft.finetune import Recipe
 from qft.job import Start, open_quantized, tune
 
@@ -97,6 +98,9 @@ def test_the_tuned_model_is_what_was_trained(dense, data, tmp_path, method):
     assert done["perplexity after"] != done["perplexity before"]
     assert (tmp_path / "out" / "task.safetensors").exists() == (method == "scales")
     assert (tmp_path / "out" / "tokenizer.json").exists()
+    run = losses.last_run(tmp_path / "out")
+    assert [step for step, _ in run] == [1, 2, 3, 4]
+    assert done["training loss"] == pytest.approx(sum(loss for _, loss in run) / 4)
 
 
 def test_tuned_scales_round_back_on_request(dense, data, tmp_path):

@@ -43,6 +43,7 @@ def finetune(
     quiet()
     from ..finetune import Recipe
     from ..job import Start, tune
+    from ..ranks import is_first
 
     recipe = Recipe(
         method=method,
@@ -60,4 +61,5 @@ def finetune(
         done = tune(
             start, out, data, recipe, block_size=block_size, held_out=held_out, rounded=round_scales, progress=tell
         )
-    print_result(done, as_json, values(done))
+    if is_first():
+        print_result(done, as_json, values(done))

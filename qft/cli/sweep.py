@@ -44,10 +44,11 @@ def sweep(
 
     from .. import checkpoint
     from ..data import PaddingCollator, read
+    from ..directory import is_quantized
     from ..finetune import Recipe
     from ..job import Start, open_quantized
     from ..notices import say_once
-    from ..pretrained import device, is_quantized, load_model, load_tokenizer, row_length, vocabulary
+    from ..pretrained import device, load_model, load_tokenizer, row_length, vocabulary
     from ..recipes.rank_sweep import rank_sweep
 
     wanted = _numbers(ranks)
