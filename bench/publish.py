@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_tables
+import streaming_page
 from gpu_tables import table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,8 +151,8 @@ def section(experiment: dict[str, Any]) -> str:
     return f"### {experiment['title']}\n\n{table(head, lines)}"
 
 
-def page(speed: dict[str, Any], demo: dict[str, Any], gpus: str) -> str:
-    """docs/numbers.md; `gpus` is its part on GPUs."""
+def page(speed: dict[str, Any], demo: dict[str, Any], streaming: str, gpus: str) -> str:
+    """docs/numbers.md; `streaming` and `gpus` are its parts on those."""
     parts = (
         "# Numbers",
         "Written by `python bench/publish.py` from the files in bench/results; a test fails when they differ.",
@@ -163,6 +164,7 @@ def page(speed: dict[str, Any], demo: dict[str, Any], gpus: str) -> str:
         f"### Targets of the next, at the memory wall\n\n{targets(speed, 'next')}",
         *(section(experiment) for experiment in speed["experiments"]),
         f"## The demo\n\n{demo_table(demo)}",
+        streaming,
         gpus,
     )
     return "\n\n".join(parts) + "\n"
@@ -227,7 +229,7 @@ def publish(root: Path, check: bool) -> list[str]:
     body += "`scale_grad`, dense torch computes the gradient of the whole weight; `train` is forward and dx.\n\n"
     body += f"{comparison(speed)}\n\n{machine_line(speed)}"
     readme = replace_block(replace_block(readme, "numbers", body), "demo", demo_table(demo))
-    differing, numbers = [], page(speed, demo, gpu_tables.section(results))
+    differing, numbers = [], page(speed, demo, streaming_page.section(results), gpu_tables.section(results))
     for path, text in (
         (root / "README.md", readme),
         (root / "docs" / "numbers.md", numbers),

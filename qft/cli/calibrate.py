@@ -38,8 +38,9 @@ def calibrate(
     quiet()
     from ..calibration import calibrate as measure
     from ..data import PaddingCollator, read
+    from ..directory import is_quantized
     from ..notices import say_once
-    from ..pretrained import is_quantized, load_tokenizer, row_length, vocabulary
+    from ..pretrained import load_tokenizer, row_length, vocabulary
 
     if is_quantized(model):
         raise ValueError(f"{model} is quantized already; name the dense model")

@@ -36,7 +36,8 @@ def compose(
     from ..compose.lorahub import lorahub
     from ..compose.pairs import encoder_decoder_rows
     from ..data import PaddingCollator, read
-    from ..pretrained import is_quantized, load_tokenizer, row_length, vocabulary
+    from ..directory import is_quantized
+    from ..pretrained import load_tokenizer, row_length, vocabulary
 
     checkpoint.refuse_to_overwrite(out)
     if not is_quantized(model):

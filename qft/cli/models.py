@@ -10,7 +10,7 @@ from rich.table import Table
 from .output import new_table
 
 if TYPE_CHECKING:
-    from ..model import LayerReport, Report
+    from ..layer_report import LayerReport, Report
 
 
 def open_model(model: Path, task: Path | None, dtype: str) -> Any:
@@ -32,13 +32,20 @@ def described(made: Report) -> dict[str, Any]:
             "shape": list(layer.shape),
             "bytes": layer.nbytes,
             "bits per weight": layer.bits_per_weight,
+            "kind": layer.kind,
             "rank": layer.rank,
             "errors": list(layer.errors),
             **({"reason": layer.reason} if layer.reason else {}),
         }
         for layer in made.layers
     ]
-    return {"layers": layers, "bytes": made.nbytes, "bits per quantized weight": made.bits_per_weight}
+    return {
+        "layers": layers,
+        "bytes": made.nbytes,
+        "bits per quantized weight": made.bits_per_weight,
+        "parameters": made.parameters,
+        "quantized parameters": made.quantized_parameters,
+    }
 
 
 def layers_table(made: Report) -> Table:
@@ -55,14 +62,20 @@ def layers_table(made: Report) -> Table:
             format,
             shape,
             str(len(layers)),
-            f"{sum(layer.nbytes for layer in layers) / 1e6:.2f}",
+            f"{sum(layer.nbytes for layer in layers if not layer.shares) / 1e6:.2f}",
             f"{layers[0].bits_per_weight:.3f}",
             str(layers[0].rank or ""),
             f"{sum(errors) / len(errors):.4f}" if errors else "",
         )
-    packed = sum(layer.nbytes for layer in made.quantized)
     table.add_row("all else", "", "", "", f"{made.other_nbytes / 1e6:.2f}", end_section=True)
-    table.add_row("quantized", "", "", str(len(made.quantized)), f"{packed / 1e6:.2f}", f"{made.bits_per_weight:.3f}")
+    table.add_row(
+        "quantized",
+        "",
+        "",
+        str(len(made.quantized)),
+        f"{made.quantized_nbytes / 1e6:.2f}",
+        f"{made.bits_per_weight:.3f}",
+    )
     table.add_row("the model", "", "", "", f"{made.nbytes / 1e6:.2f}")
     reasons = {f"{layer.path.rpartition('.')[2]} is dense: {layer.reason}" for layer in made.dense if made.quantized}
     table.caption = "\n".join(sorted(reasons)) or None

@@ -17,4 +17,5 @@ Alpha = Annotated[float | None, typer.Option(help="LoRA's alpha; left out, the r
 Iters = Annotated[int | None, typer.Option(help="Turns of loftq, cloq or lqlora; left out, 5, 1 and 5.")]
 BlockSize = Annotated[int | None, typer.Option(help="Longest row, in tokens; left out, 256 or what the model holds.")]
 BatchSize = Annotated[int, typer.Option(help="Rows per forward pass.")]
+Requantize = Annotated[str | None, typer.Option(help="For layers of a bitsandbytes model that cannot be kept.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

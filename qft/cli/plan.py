@@ -37,9 +37,9 @@ def plan(
     """Choose a format for each layer: the least error within a budget of bits."""
     quiet()
     from ..calibration import Calibration
+    from ..directory import is_quantized
     from ..measured_plan import LADDER, plan_bits, plan_first_layers
     from ..plan_figure import draw_plan
-    from ..pretrained import is_quantized
 
     if is_quantized(model):
         raise ValueError(f"{model} is quantized already; name the dense model")

@@ -10,7 +10,7 @@ import typer
 
 from .app import app
 from .models import described, layers_table
-from .options import Alpha, AsJson, Calibrated, Dtype, Init, Iters, Model
+from .options import Alpha, AsJson, Calibrated, Dtype, Init, Iters, Model, Requantize
 from .output import print_result, quiet
 
 
@@ -28,29 +28,45 @@ def quantize(
     skip: Annotated[list[str] | None, typer.Option(help="Leave layers of this name dense; can be repeated.")] = None,
     formats: Annotated[list[str] | None, typer.Option(help="For some: 'lm_head=int8 g64'; can be repeated.")] = None,
     dtype: Dtype = "auto",
+    requantize: Requantize = None,
     as_json: AsJson = False,
 ) -> None:
-    """Quantize a model's linear layers and save it."""
+    """Quantize a model, larger than memory or not, and save it; interrupted, repeat the command and it goes on.
+
+    A bitsandbytes 4-bit model keeps the codes it has.
+    """
     quiet()
-    from .. import checkpoint
+    from ..checkpoint import refuse_to_overwrite
+    from ..directory import kind_of
     from ..io import save
     from ..job import Start, open_quantized
-    from ..model import report
+    from ..layer_report import report
     from ..plan import Plan
-    from ..pretrained import is_quantized, load_tokenizer
+    from ..pretrained import load_tokenizer
+    from ..streaming import quantize_checkpoint
 
-    checkpoint.refuse_to_overwrite(out)
-    if is_quantized(model):
+    kind = kind_of(model)
+    if kind and (kind != "bitsandbytes" or format or plan or formats or skip or init != "plain" or calibration):
         raise ValueError(f"{model} is quantized already; name the dense model")
+    if requantize and not kind:
+        raise ValueError(f"--requantize is for a bitsandbytes model, and {model} is dense; name a --format")
     if init == "loftq" and not rank:
         raise ValueError("init loftq fits a LoRA and there is none; give it a --rank, for example 16")
     start = time.perf_counter()
-    origin = Start(model, format, init, rank, alpha, iters, calibration, dtype=dtype)
-    named, planned = _by_pattern(formats or []), Plan.load(plan).formats if plan else {}
-    by_layer = {**named, **planned, **named}  # the first that matches wins, so what is named here comes first
-    quantized = open_quantized(origin, bool(rank), skip or [], by_layer, progress=True)
-    save(quantized, out, tokenizer=load_tokenizer(model) if (model / "tokenizer_config.json").is_file() else None)
-    made = report(quantized)
+    tokenizer = load_tokenizer(model) if (model / "tokenizer_config.json").is_file() else None
+    if kind:
+        refuse_to_overwrite(out)
+        origin = Start(model, rank=rank, alpha=alpha, iters=iters, dtype=dtype)
+        quantized = open_quantized(origin, bool(rank), requantize=requantize)
+        save(quantized, out, tokenizer)
+        made = report(quantized)
+    else:
+        named, planned = _by_pattern(formats or []), Plan.load(plan).formats if plan else {}
+        by_layer = {**named, **planned, **named}  # the first that matches wins, so what is named here comes first
+        made = quantize_checkpoint(
+            model, out, format, init, rank, alpha, iters=iters, calibration=calibration, skip=skip or [],
+            formats=by_layer, dtype=dtype, tokenizer=tokenizer, progress=True,
+        )  # fmt: skip
     result = {"out": str(out), **described(made), "seconds": round(time.perf_counter() - start, 1)}
     print_result(result, as_json, layers_table(made))
 
