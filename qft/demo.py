@@ -27,7 +27,8 @@ from .adapters.scales import train_only
 from .data import Examples, PaddingCollator, read
 from .evaluate import perplexity
 from .finetune import Recipe, run
-from .model import prepare_for_training, quantize_model
+from .model import quantize_model
+from .prepare import prepare_for_training
 from .pretrained import device, load_model, load_tokenizer
 
 RANK = 16

@@ -4,7 +4,23 @@ Results go to stdout, as a table or as JSON; progress and errors go to stderr. t
 the commands that need them.
 """
 
-from . import adapter, calibrate, compose, demo, evaluate, explain, finetune, generate, info, plan, quantize, sweep
+from . import (
+    adapter,
+    calibrate,
+    compose,
+    demo,
+    evaluate,
+    explain,
+    export,
+    finetune,
+    generate,
+    info,
+    merge,
+    plan,
+    quantize,
+    report,
+    sweep,
+)
 from .app import main
 
 __all__ = [
@@ -14,11 +30,14 @@ __all__ = [
     "demo",
     "evaluate",
     "explain",
+    "export",
     "finetune",
     "generate",
     "info",
     "main",
+    "merge",
     "plan",
     "quantize",
+    "report",
     "sweep",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from .app import app
 from .models import described, layers_table
 from .options import AsJson
 from .output import print_result, quiet, values
+
+if TYPE_CHECKING:
+    from ..machine import Machine
 
 
 @app.command()
@@ -21,8 +24,14 @@ def info(
 ) -> None:
     """Describe this machine, a model, or a task."""
     if model is None:
-        machine = _machine()
-        print_result(machine, as_json, values(machine))
+        from ..machine import look
+
+        machine = look()
+        if not as_json:
+            print(machine.line)  # in one piece, whatever the terminal's width
+        print_result(_facts(machine, as_json), as_json, values(_facts(machine, as_json)))
+        if not as_json:
+            print("\n".join(machine.troubles))
     elif model.is_file():
         from ..adapters.scales import read_task
 
@@ -32,31 +41,28 @@ def info(
         task = {"layers": len(layers), "formats": formats, "scales": scales, "bytes": model.stat().st_size}
         print_result(task, as_json, values(task))
     else:
-        from ..model import report
-        from ..pretrained import describe, is_quantized, load_model
+        from ..directory import is_quantized
+        from ..layer_report import report
+        from ..pretrained import describe, load_model
 
         quiet()
         made = describe(model) if is_quantized(model) else report(load_model(model))
         print_result(described(made), as_json, layers_table(made))
 
 
-def _machine() -> dict[str, Any]:
-    import platform
-
-    import torch
-
-    from .. import __version__, native
-    from ..compiler.jit import cache_folder
-
+def _facts(machine: Machine, all_of_it: bool) -> dict[str, Any]:
+    """What was found, by name; `all_of_it`: with what the line says too."""
+    said = {"diagnosis": machine.line, "troubles": machine.troubles, **machine.versions, "processor": machine.processor}
     return {
-        "qft": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "processor": platform.machine(),
-        "threads": native.threads(),
-        "instruction sets": list(native.instruction_sets()),
-        "compiled codes": sorted({code for code, isa in native.tables() if isa != "cuda"}),
-        "CUDA kernels for": sorted({name for names in native.cuda_targets().values() for name in names}),
-        "GPUs": [torch.cuda.get_device_name(at) for at in range(torch.cuda.device_count())],
-        "cache": str(cache_folder()),
+        **(said if all_of_it else {}),
+        "cores": machine.cores,
+        "threads": machine.threads,
+        "instruction sets": list(machine.instruction_sets),
+        "compiled codes": list(machine.compiled),
+        "C++ compiler": machine.compiler or None,
+        "nvcc": machine.nvcc or None,
+        "CUDA of torch": machine.torch_cuda or None,
+        "CUDA kernels for": list(machine.cuda_targets),
+        "GPUs": [gpu.name for gpu in machine.gpus],
+        "cache": str(machine.cache),
     }

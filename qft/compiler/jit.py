@@ -42,7 +42,12 @@ def template_folder() -> Path:
     raise CompilerError(f"the kernel templates are missing beside {package}; reinstall qft")
 
 
-def _compiler(language: str) -> str:
+def find_compiler(language: str) -> str:
+    """Path of the compiler for C++ or CUDA.
+
+    Raises:
+        CompilerError: there is none on the path.
+    """
     for name in COMPILERS[language]:
         if path := shutil.which(name):
             return path
@@ -81,7 +86,8 @@ class _Job:
 
 def _job(code: str, isa: str, architecture: str) -> _Job:
     if isa == "cuda":
-        version = subprocess.run([_compiler("CUDA"), "--version"], capture_output=True, text=True, check=False).stdout
+        asked = [find_compiler("CUDA"), "--version"]
+        version = subprocess.run(asked, capture_output=True, text=True, check=False).stdout
         return _Job(code, isa, (*CUDA_FLAGS, f"-arch=sm_{architecture}", f"-DQFT_ISA={isa}", "-x=cu"), version)
     return _Job(code, isa, (*FLAGS, *CPU_FLAGS[isa], f"-DQFT_ISA={isa}"), platform.machine())
 
@@ -114,7 +120,7 @@ def _compile(jobs: list[_Job], folder: Path) -> dict[_Job, Path]:
     for job in jobs:
         source = folder / f"{job.isa}.cpp"
         source.write_text(emit_loadable(job.code, job.isa))
-        compiler = _compiler(job.language)
+        compiler = find_compiler(job.language)
         command = [compiler, *job.flags, "-I", str(template_folder()), "-shared", str(source), "-o", str(built[job])]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         running.append((job, compiler, process))
