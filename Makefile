@@ -1,11 +1,12 @@
-# make demo | test | check | bench | methods | cuda: each sets up .venv by itself. make gpu | gpu-bench: with $(PYTHON) as it is.
+# make demo | test | test-all | check | bench | methods | cuda: each sets up .venv by itself.
+# make gpu | gpu-bench: with $(PYTHON) as it is.
 PYTHON ?= python3
 TORCH  := 2.13.0
 PY     := .venv/bin/python
 READY  := .venv/.ready
 SOURCES := $(shell find csrc -type f) $(wildcard qft/compiler/*.py) qft/format.py CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: all demo test check bench methods cuda gpu gpu-bench clean
+.PHONY: all demo test test-slow test-all check bench methods cuda gpu gpu-bench clean
 all: $(READY)
 
 # torch comes first and pinned: any looser request would fetch a build of its own choice.
@@ -16,7 +17,7 @@ all: $(READY)
 	touch $@
 
 $(READY): .venv/.torch $(SOURCES)
-	.venv/bin/pip install --quiet --editable '.[test]'
+	.venv/bin/pip install --quiet --editable '.[test,docs]'
 	touch $@
 
 demo: $(READY)
@@ -24,7 +25,13 @@ demo: $(READY)
 
 # A file's tests stay together: what they share is made once.
 test: $(READY)
-	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile -m 'not slow'
+
+# What takes more than five seconds each: the wheel, the site, formats compiled for a page.
+test-slow: $(READY)
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile -m slow
+
+test-all: test test-slow
 
 check: $(READY)
 	.venv/bin/ruff check .
