@@ -142,7 +142,7 @@ def test_a_command_keeps_the_codes_of_a_bitsandbytes_model(whole, tmp_path, run,
     assert torch.equal(mine(IDS).logits, theirs(IDS).logits)
     code, _, err = run("quantize", whole, tmp_path / "other", "--format", "nf2 g64")
     assert code != 0
-    assert "is quantized already" in err
+    assert "is quantized already, by bitsandbytes: it keeps its codes" in err
 
 
 def test_dense_models_and_other_libraries_are_not_ours(tmp_path):

@@ -46,7 +46,10 @@ def quantize(
     from ..streaming import quantize_checkpoint
 
     kind = kind_of(model)
-    if kind and (kind != "bitsandbytes" or format or plan or formats or skip or init != "plain" or calibration):
+    if kind == "bitsandbytes" and (format or plan or formats or skip or init != "plain" or calibration):
+        kept = "it keeps its codes, so leave --format and the options of a start out"
+        raise ValueError(f"{model} is quantized already, by bitsandbytes: {kept}, or name the dense model")
+    if kind not in (None, "bitsandbytes"):
         raise ValueError(f"{model} is quantized already; name the dense model")
     if requantize and not kind:
         raise ValueError(f"--requantize is for a bitsandbytes model, and {model} is dense; name a --format")

@@ -162,7 +162,10 @@ def bare() -> nn.Module:
 
 
 REFUSED = {
-    "no QuantLinear": (lambda: train_only(nn.Linear(2, 2), "scales"), "Linear holds no quantized layer; call qft.quantize"),
+    "no QuantLinear": (
+        lambda: train_only(nn.Linear(2, 2), "scales"),
+        "Linear holds no quantized layer; call qft.quantize",
+    ),
     "no LoRA": (lambda: train_only(bare(), ("scales", "lora")), "Sequential holds no lora to train; call add_lora"),
     "no bias": (lambda: train_only(bare(), "bias"), "holds no bias to train; train scales"),
     "another word": (lambda: train_only(bare(), "zeros"), "does not know 'zeros'; name one or several of scales, lora"),
