@@ -2,7 +2,6 @@
 
 import gc
 import json
-import math
 
 import pytest
 import tiny_lm
