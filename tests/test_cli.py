@@ -197,7 +197,9 @@ BAD = {
     "in the prompt too": (["generate", "{narrow}", "hello"], "the prompt: tokenizer/vocabulary mismatch"),
     "an empty prompt": (["generate", "{dense}", ""], "the prompt is empty"),
     "damaged weights": (["eval", "{damaged}", "--data", "{data}"], "damaged"),
-    "a task that is none": (["eval", "{dense}", "--data", "{data}", "--task", "{data}"], "no quantized layer|no task|damaged"),
+    "a task that is none": (
+        ["eval", "{dense}", "--data", "{data}", "--task", "{data}"], "no quantized layer|no task|damaged",
+    ),
     "no examples": (["demo", "--examples", "{tmp}"], "clone the repository"),
 }  # fmt: skip
 
