@@ -30,11 +30,11 @@ from qft.adapters.peft_format import Factors, attach
 from qft.adapters.scales import train_only
 from qft.compose.library import Library
 from qft.compose.lorahub import WeightedSums, lorahub
-from qft.data import Examples, PaddingCollator, read
 from qft.demo import HELD_OUT, find_examples
-from qft.evaluate import perplexity
-from qft.finetune import Recipe, run
-from qft.pretrained import load_model, load_tokenizer
+from qft.disk.pretrained import load_model, load_tokenizer
+from qft.training.data import Examples, PaddingCollator, read
+from qft.training.evaluate import perplexity
+from qft.training.finetune import Recipe, run
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "bench" / "results" / "lorahub.json"

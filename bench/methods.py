@@ -92,7 +92,7 @@ def read() -> list[dict[str, Any]]:
 
 def keep(case: Case, row: dict[str, Any]) -> None:
     """Add a result to its file."""
-    from qft.checkpoint import write_json
+    from qft.disk.checkpoint import write_json
 
     rows = json.loads(case.file.read_text())["rows"] if case.file.exists() else []
     rows = [*(old for old in rows if of(old) != case), row]
@@ -128,10 +128,10 @@ def run(case: Case) -> dict[str, Any]:
 
     import qft
     from qft.demo import dense_lora, stored_bytes, texts
-    from qft.evaluate import perplexity
-    from qft.finetune import Recipe
-    from qft.finetune import run as train
-    from qft.pretrained import device, load_model
+    from qft.disk.pretrained import device, load_model
+    from qft.training.evaluate import perplexity
+    from qft.training.finetune import Recipe
+    from qft.training.finetune import run as train
 
     torch.manual_seed(case.seed)
     material = texts(EXAMPLES)
@@ -198,7 +198,7 @@ def _calibration(model: Any, start: str, case: Case, material: Any) -> Any:
     import torch
 
     import qft
-    from qft.data import Examples
+    from qft.training.data import Examples
 
     if qft.init.NEEDS.get(start.partition("_svd")[0], "none") == "none":
         return None
@@ -209,9 +209,9 @@ def _calibration(model: Any, start: str, case: Case, material: Any) -> Any:
 
 
 def _rilq(model: Any, material: Any, case: Case) -> None:
-    from qft.finetune import Recipe
-    from qft.pretrained import device, load_model
+    from qft.disk.pretrained import device, load_model
     from qft.recipes.rilq import rilq
+    from qft.training.finetune import Recipe
 
     teacher = load_model(EXAMPLES / "stdlib-lm", "float32").to(device())
     recipe = Recipe(

@@ -26,14 +26,14 @@ from publish import replace_block, table
 from torch import Tensor
 
 import qft
-from qft.calibration import Calibration
 from qft.demo import Texts, texts
-from qft.evaluate import perplexity
-from qft.measured_plan import LADDER
-from qft.plan import Candidate, Plan, Weight, choose, first_layers
-from qft.plan_figure import draw_plan
-from qft.pretrained import load_model
-from qft.targets import quantizable
+from qft.disk.pretrained import load_model
+from qft.measure.calibration import Calibration
+from qft.measure.measured_plan import LADDER
+from qft.measure.plan import Candidate, Plan, Weight, choose, first_layers
+from qft.measure.plan_figure import draw_plan
+from qft.model.targets import quantizable
+from qft.training.evaluate import perplexity
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "bench" / "results" / "plan.json"

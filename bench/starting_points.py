@@ -27,9 +27,9 @@ from torch import Tensor
 
 import qft
 from qft.demo import texts
+from qft.disk.pretrained import load_model
 from qft.init import NEEDS, output_error
-from qft.pretrained import load_model
-from qft.targets import quantizable
+from qft.model.targets import quantizable
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "bench" / "results" / "starting-points.json"

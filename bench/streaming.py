@@ -25,9 +25,9 @@ from typing import Any
 import machine
 import torch
 
-from qft.files import replace_file
-from qft.shards import lay_out
-from qft.skeleton import empty_model
+from qft.disk.files import replace_file
+from qft.disk.shards import lay_out
+from qft.disk.skeleton import empty_model
 
 RESULT = Path(__file__).resolve().parent / "results" / "streaming.json"
 LLAMA_7B = {
@@ -43,7 +43,7 @@ PROGRAM = """
 import json, sys, time
 import accelerate
 from transformers import LlamaForCausalLM
-from qft.streaming import quantize_checkpoint
+from qft.disk.streaming import quantize_checkpoint
 
 def resident(key):
     with open("/proc/self/status") as status:

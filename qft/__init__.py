@@ -33,11 +33,9 @@ if TYPE_CHECKING:
     from .adapters.scales import scales_state as scales_state
     from .adapters.scales import train_only as train_only
     from .adapters.shared_input import share_inputs as share_inputs
-    from .calibration import Calibration as Calibration
-    from .calibration import calibrate as calibrate
-    from .directory import load as load
-    from .embedding import QuantEmbedding as QuantEmbedding
-    from .experts import QuantExperts as QuantExperts
+    from .disk.directory import load as load
+    from .disk.io import save as save
+    from .disk.streaming import quantize_checkpoint as quantize_checkpoint
     from .format import Format as Format
     from .format import FormatError as FormatError
     from .init.loftq import loftq as loftq
@@ -46,35 +44,37 @@ if TYPE_CHECKING:
     from .integrations.sharded_checkpoint import load_sharded as load_sharded
     from .integrations.sharded_checkpoint import save_sharded as save_sharded
     from .integrations.transformers_config import QftConfig as QftConfig
-    from .io import save as save
     from .kernels import compile as compile
     from .kernels import explain as explain
-    from .layer_report import Report as Report
-    from .layer_report import report as report
-    from .measured_plan import plan_bits as plan_bits
-    from .measured_plan import plan_first_layers as plan_first_layers
-    from .model import quantize_model as quantize_model
-    from .nn import QuantLinear as QuantLinear
-    from .plan import Plan as Plan
-    from .prepare import prepare_for_training as prepare_for_training
-    from .streaming import quantize_checkpoint as quantize_checkpoint
+    from .measure.calibration import Calibration as Calibration
+    from .measure.calibration import calibrate as calibrate
+    from .measure.measured_plan import plan_bits as plan_bits
+    from .measure.measured_plan import plan_first_layers as plan_first_layers
+    from .measure.plan import Plan as Plan
+    from .model.layer_report import Report as Report
+    from .model.layer_report import report as report
+    from .model.prepare import prepare_for_training as prepare_for_training
+    from .model.surgery import quantize_model as quantize_model
+    from .nn.embedding import QuantEmbedding as QuantEmbedding
+    from .nn.experts import QuantExperts as QuantExperts
+    from .nn.linear import QuantLinear as QuantLinear
     from .tensor import QuantTensor as QuantTensor
     from .tensor import quantize as quantize
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Calibration": "calibration",
+    "Calibration": "measure.calibration",
     "Format": "format",
     "FormatError": "format",
-    "Plan": "plan",
+    "Plan": "measure.plan",
     "QftConfig": "integrations.transformers_config",
-    "QuantEmbedding": "embedding",
-    "QuantExperts": "experts",
-    "QuantLinear": "nn",
+    "QuantEmbedding": "nn.embedding",
+    "QuantExperts": "nn.experts",
+    "QuantLinear": "nn.linear",
     "QuantTensor": "tensor",
-    "Report": "layer_report",
-    "calibrate": "calibration",
+    "Report": "model.layer_report",
+    "calibrate": "measure.calibration",
     "add_glora": "adapters.glora",
     "add_multilora": "adapters.multilora",
     "add_pooled_lora": "adapters.pooled",
@@ -82,7 +82,7 @@ _HOME = {
     "explain": "kernels",
     "fully_shard": "integrations.fsdp",
     "gather_model": "integrations.gather",
-    "load": "directory",
+    "load": "disk.directory",
     "load_adapter": "adapters.peft_format",
     "load_glora": "adapters.glora_file",
     "load_scales": "adapters.scales",
@@ -91,15 +91,15 @@ _HOME = {
     "merge_glora": "adapters.glora",
     "merge_multilora": "adapters.multilora",
     "merge_pooled": "adapters.pooled",
-    "plan_bits": "measured_plan",
-    "plan_first_layers": "measured_plan",
-    "prepare_for_training": "prepare",
+    "plan_bits": "measure.measured_plan",
+    "plan_first_layers": "measure.measured_plan",
+    "prepare_for_training": "model.prepare",
     "quantize": "tensor",
-    "quantize_model": "model",
-    "quantize_checkpoint": "streaming",
-    "report": "layer_report",
+    "quantize_model": "model.surgery",
+    "quantize_checkpoint": "disk.streaming",
+    "report": "model.layer_report",
     "round_scales": "adapters.scales",
-    "save": "io",
+    "save": "disk.io",
     "save_adapter": "adapters.peft_format",
     "sample_glora": "adapters.glora",
     "save_glora": "adapters.glora_file",

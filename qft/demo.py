@@ -22,14 +22,14 @@ from typing import Literal
 import torch
 from torch import nn
 
-from . import checkpoint
 from .adapters.scales import train_only
-from .data import Examples, PaddingCollator, read
-from .evaluate import perplexity
-from .finetune import Recipe, run
-from .model import quantize_model
-from .prepare import prepare_for_training
-from .pretrained import device, load_model, load_tokenizer
+from .disk import checkpoint
+from .disk.pretrained import device, load_model, load_tokenizer
+from .model.prepare import prepare_for_training
+from .model.surgery import quantize_model
+from .training.data import Examples, PaddingCollator, read
+from .training.evaluate import perplexity
+from .training.finetune import Recipe, run
 
 RANK = 16
 BLOCK_SIZE = 256  # the context the model was trained on

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import qft
-import qft.checkpoint
+import qft.disk.checkpoint
 import qft.notices
 
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
@@ -461,7 +461,7 @@ def killed_before_the_seal(folder):
     model, optimizer = trained_a_step()
     qft.save_sharded(model, folder / "sealing", 1, optimizer)
     train(model, mine(), 1, optimizer)
-    qft.checkpoint.seal = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+    qft.disk.checkpoint.seal = lambda path: os.kill(os.getpid(), signal.SIGKILL)
     qft.save_sharded(model, folder / "sealing", 2, optimizer)
 
 

@@ -7,7 +7,7 @@ import tiny_lm
 import torch
 
 import qft
-from qft.data import Examples, PaddingCollator
+from qft.training.data import Examples, PaddingCollator
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "methods.md").read_text()

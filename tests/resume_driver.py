@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from qft.finetune import Recipe
-from qft.job import Start, tune
+from qft.training.finetune import Recipe
+from qft.training.job import Start, tune
 
 MOMENTS = 5
 

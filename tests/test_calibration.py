@@ -9,10 +9,10 @@ from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import qft
-from qft.activations import SecondMoment, Source
-from qft.calibration import NAME, Calibration, calibrate
-from qft.data import PaddingCollator
-from qft.files import WRITTEN
+from qft.disk.files import WRITTEN
+from qft.measure.activations import SecondMoment, Source
+from qft.measure.calibration import NAME, Calibration, calibrate
+from qft.training.data import PaddingCollator
 
 COLLATE = PaddingCollator(pad_id=7)
 LARGEST = 8 * 96 * 96  # bytes of the tiny model's largest sum: down_proj reads 96 features

@@ -2,7 +2,8 @@
 
 import pytest
 
-from qft import FormatError, checkpoint
+from qft import FormatError
+from qft.disk import checkpoint
 
 
 def make(parent, step, content=b"weights", sealed=True):

@@ -4,8 +4,8 @@ import pytest
 import tiny_lm
 
 import qft
-from qft.calibration import Calibration
-from qft.plan import Plan
+from qft.measure.calibration import Calibration
+from qft.measure.plan import Plan
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import tiny_lm
 import torch
 
 from qft import FormatError
-from qft.data import IGNORE, Examples, PaddingCollator, read
+from qft.training.data import IGNORE, Examples, PaddingCollator, read
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}|{% endfor %}"

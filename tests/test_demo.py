@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from qft import demo
-from qft.data import PaddingCollator, read
-from qft.evaluate import perplexity
+from qft.disk.pretrained import load_model, load_tokenizer
 from qft.figure import draw
-from qft.pretrained import load_model, load_tokenizer
+from qft.training.data import PaddingCollator, read
+from qft.training.evaluate import perplexity
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import qft
-from qft.directory import is_quantized, kind_of
-from qft.files import WRITTEN
-from qft.pretrained import describe, load_model
+from qft.disk.directory import is_quantized, kind_of
+from qft.disk.files import WRITTEN
+from qft.disk.pretrained import describe, load_model
 
 IDS = torch.arange(12)[None]
 

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 import qft
-from qft.casts import in_stored_dtypes
+from qft.nn.casts import in_stored_dtypes
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 PAIRS = (

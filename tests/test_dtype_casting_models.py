@@ -19,7 +19,7 @@ from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel, T5Confi
 
 import qft
 from qft.format import FormatError
-from qft.nn import FloatFacingQuantLinear, QuantLinear
+from qft.nn.linear import FloatFacingQuantLinear, QuantLinear
 
 VOCABULARY = 64
 
@@ -82,7 +82,7 @@ def dense(case: Case) -> PreTrainedModel:
 
 
 def facing_layers(model: nn.Module, pattern: str) -> list[FloatFacingQuantLinear]:
-    layers = [module for path, module in model.named_modules() if qft.targets.matches(path, pattern)]
+    layers = [module for path, module in model.named_modules() if qft.model.targets.matches(path, pattern)]
     assert layers
     return layers
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import qft
 from qft import kernels, notices
-from qft.embedding import QuantEmbedding
+from qft.disk.pretrained import describe
 from qft.format import Format, FormatError
-from qft.pretrained import describe
+from qft.nn.embedding import QuantEmbedding
 from qft.reference import per_weight
 
 READY = [fmt for fmt in FORMATS if has_own_kernels(fmt)]  # others wait for a compiler first

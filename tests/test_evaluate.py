@@ -6,8 +6,8 @@ import pytest
 import tiny_lm
 import torch
 
-from qft.data import IGNORE, PaddingCollator
-from qft.evaluate import perplexity
+from qft.training.data import IGNORE, PaddingCollator
+from qft.training.evaluate import perplexity
 
 COLLATE = PaddingCollator(pad_id=0)
 

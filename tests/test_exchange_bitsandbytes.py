@@ -30,11 +30,11 @@ from transformers import (
 )
 
 import qft
+from qft.disk.files import WRITTEN
 from qft.exchange.bitsandbytes import read, write
 from qft.exchange.bitsandbytes_weight import read_dense, read_quantized, read_state
 from qft.exchange.checkpoint_files import CheckpointFiles
-from qft.files import WRITTEN
-from qft.nn import FloatFacingQuantLinear
+from qft.nn.linear import FloatFacingQuantLinear
 from qft.notices import say_once
 
 IDS = torch.arange(12)[None]

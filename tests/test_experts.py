@@ -25,11 +25,11 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import qft
 import qft.notices
-from qft.described import describe as describe_layers
-from qft.experts import QuantExperts, layout_of, oriented, reason_against
+from qft.disk.described import describe as describe_layers
+from qft.disk.manifest import layers_from_json, layers_to_json
+from qft.disk.pretrained import describe
 from qft.format import Format, FormatError
-from qft.manifest import layers_from_json, layers_to_json
-from qft.pretrained import describe
+from qft.nn.experts import QuantExperts, layout_of, oriented, reason_against
 from qft.reference import per_weight
 
 COUNT, HIDDEN, INNER = 5, 44, 36  # no multiple of a group or of 16

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qft import files
+from qft.disk import files
 
 STEPS = ("mkdir", "open", "fsync", "rename", "replace", "rmdir", "unlink")  # of the os module: what can fail or be last
 

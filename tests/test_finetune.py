@@ -9,9 +9,9 @@ import tiny_lm
 import torch
 
 import qft
-from qft import checkpoint
-from qft.data import Examples, PaddingCollator
-from qft.finetune import LEARNING_RATES, Recipe, finetune
+from qft.disk import checkpoint
+from qft.training.data import Examples, PaddingCollator
+from qft.training.finetune import LEARNING_RATES, Recipe, finetune
 
 COLLATE = PaddingCollator(pad_id=0)
 # A rate at which 12 steps show; users' defaults are for models of billions.

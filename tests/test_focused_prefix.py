@@ -8,9 +8,9 @@ import qft
 
 peft = pytest.importorskip("peft")
 
-from qft.data import Examples, PaddingCollator  # noqa: E402
-from qft.finetune import Recipe, run  # noqa: E402
 from qft.recipes.focused_prefix import FocusedPrefix, focus, generate  # noqa: E402
+from qft.training.data import Examples, PaddingCollator  # noqa: E402
+from qft.training.finetune import Recipe, run  # noqa: E402
 
 # PEFT asks transformers for names it has since renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

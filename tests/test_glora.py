@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 import qft
-from qft import files, kernels, notices
+from qft import kernels, notices
 from qft.adapters.glora import PIECES, GLoRAConfig, GLoRALinear, glora_layers
 from qft.adapters.glora_file import CONFIG, WEIGHTS, load_glora, save_glora
 from qft.adapters.glora_search import _Search, search_glora
 from qft.adapters.multilora import MultiLoRALinear
+from qft.disk import files
 from qft.tensor import QuantTensor
 
 FORMATS = ("int2 g32 f32", "nf2 g64 f16", "lm2 g64 dq", "int3 channel f32 zero")

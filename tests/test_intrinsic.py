@@ -11,8 +11,8 @@ import torch
 import qft
 from qft.analysis import intrinsic
 from qft.analysis.intrinsic import Fastfood, confine, find_d90, release, walsh_hadamard
-from qft.data import Examples, PaddingCollator
-from qft.finetune import Recipe, run
+from qft.training.data import Examples, PaddingCollator
+from qft.training.finetune import Recipe, run
 
 
 @pytest.fixture(autouse=True)

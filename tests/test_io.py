@@ -19,14 +19,14 @@ from formats import FORMATS, FOUR
 from torch import Tensor, nn
 
 import qft
-from qft import files, manifest, tensor_file
 from qft.adapters.scales import round_scales, train_only
+from qft.disk import files, manifest, tensor_file
+from qft.disk.io import load, save
+from qft.disk.manifest import Manifest
+from qft.disk.tensor_file import Stored
 from qft.format import Format, FormatError
-from qft.io import load, save
-from qft.manifest import Manifest
-from qft.model import quantize_model
-from qft.nn import FloatFacingQuantLinear, QuantLinear
-from qft.tensor_file import Stored
+from qft.model.surgery import quantize_model
+from qft.nn.linear import FloatFacingQuantLinear, QuantLinear
 
 OUT, IN = 33, 100
 
@@ -760,8 +760,8 @@ from pathlib import Path
 import torch
 from torch import nn
 torch.set_num_threads(1)  # a forked child has no other
-from qft.io import load, save
-from qft.nn import QuantLinear
+from qft.disk.io import load, save
+from qft.nn.linear import QuantLinear
 
 def model(value):
     linear = nn.Linear(512, 512)

@@ -10,9 +10,9 @@ import tiny_lm
 import torch
 
 import qft
-from qft import losses
-from qft.finetune import Recipe
-from qft.job import Start, open_quantized, tune
+from qft.training import losses
+from qft.training.finetune import Recipe
+from qft.training.job import Start, open_quantized, tune
 
 DRIVER = Path(__file__).with_name("resume_driver.py")
 
@@ -57,7 +57,7 @@ def test_killed_at_five_random_moments_a_job_ends_with_the_same_bits(dense, data
 
 def test_a_kill_while_a_checkpoint_is_written_is_named(dense, data, tmp_path, monkeypatch):
     """The moment between a checkpoint's files and its seal, which a random one may miss."""
-    from qft import checkpoint
+    from qft.disk import checkpoint
 
     sealed = []
 

@@ -9,9 +9,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import qft
-from qft.data import Examples, PaddingCollator
-from qft.finetune import Recipe, run
 from qft.recipes.longlora import attended_pairs, borders, longlora, shifted_sparse_attention
+from qft.training.data import Examples, PaddingCollator
+from qft.training.finetune import Recipe, run
 
 
 class Layer(torch.nn.Module):

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from qft import FormatError, losses
+from qft import FormatError
+from qft.training import losses
 
 
 def test_a_run_is_read_back_as_it_was(tmp_path):

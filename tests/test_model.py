@@ -10,8 +10,8 @@ import transformers
 from torch import nn
 
 import qft
-from qft.nn import FloatFacingQuantLinear, QuantLinear
-from qft.targets import matches
+from qft.model.targets import matches
+from qft.nn.linear import FloatFacingQuantLinear, QuantLinear
 
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 

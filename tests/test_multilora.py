@@ -9,7 +9,7 @@ from torch import nn
 
 import qft
 from qft.adapters.multilora import MultiLoRALinear, add_multilora, merge_multilora
-from qft.nn import FloatFacingQuantLinear
+from qft.nn.linear import FloatFacingQuantLinear
 
 FORMATS = ("int2 g32 f32", "nf2 g64 f16", "lm2 g64 dq", "int3 channel f32 zero")
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import qft
 from qft import kernels, ops
 from qft.format import Format, FormatError
-from qft.nn import QuantLinear
+from qft.nn.linear import QuantLinear
 from qft.reference import per_weight
 
 ABOVE = max(kernels.PANEL_ROWS["cpu"].values()) + 1  # rows for which every dtype takes panel products

@@ -9,8 +9,8 @@ import tiny_lm
 import torch
 
 import qft
-from qft.data import PaddingCollator
 from qft.recipes.online import HardBuffer, OnlineLora, PlateauDetector
+from qft.training.data import PaddingCollator
 
 COLLATE = PaddingCollator(pad_id=0)
 

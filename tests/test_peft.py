@@ -24,7 +24,7 @@ from qft.import_hook import when_imported
 from qft.integrations import peft as integration
 from qft.integrations.peft_dora import PackedDora
 from qft.integrations.peft_weight import effective_weight
-from qft.nn import FloatFacingQuantLinear, QuantLinear
+from qft.nn.linear import FloatFacingQuantLinear, QuantLinear
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import qft
 from qft.integrations.peft_merge import merge_adapter
-from qft.nn import QuantLinear
+from qft.nn.linear import QuantLinear
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"

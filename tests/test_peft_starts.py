@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import qft
-from qft.nn import QuantLinear
+from qft.nn.linear import QuantLinear
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
@@ -113,7 +113,7 @@ def test_an_adapter_begins_from_the_start_at_any_scaling(ratio, rslora, dora):
 def test_a_start_with_rslora_of_its_own_and_a_layer_that_faces_floats_begin_too():
     base = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 32))
     qft.quantize_model(base, FORMAT, init="loftq", rank=3, alpha=5, rslora=True)
-    qft.nn.FloatFacingQuantLinear.adopt(base[0], torch.float16)
+    qft.nn.linear.FloatFacingQuantLinear.adopt(base[0], torch.float16)
     x = torch.randn(5, 64)
     before = base(x)
     model = get_peft_model(base, LoraConfig(r=3, lora_alpha=2, target_modules=["0", "1"]))

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import qft
-from qft.data import PaddingCollator
-from qft.measured_plan import LADDER, measure_formats, plan_bits, plan_first_layers
-from qft.plan import Candidate, Plan, Planned, Weight, choose, first_layers
-from qft.plan_figure import COLORS, draw_plan
+from qft.measure.measured_plan import LADDER, measure_formats, plan_bits, plan_first_layers
+from qft.measure.plan import Candidate, Plan, Planned, Weight, choose, first_layers
+from qft.measure.plan_figure import COLORS, draw_plan
+from qft.training.data import PaddingCollator
 
 FORMATS = ("nf2 g64 f16", "nf3 g64 f16", "nf4 g64 f16")
 COLLATE = PaddingCollator(pad_id=0)

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import qft
-from qft import manifest, notices
+from qft import notices
 from qft.adapters.pooled import add_pooled_lora, merge_pooled
+from qft.disk import manifest
 from qft.tensor import QuantTensor
 
 INTEGERS = (

@@ -12,10 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import qft
 from qft.analysis import cost as rooms
 from qft.analysis.cost import cost, peak_memory
-from qft.data import Examples, PaddingCollator
-from qft.evaluate import perplexity
-from qft.finetune import LEARNING_RATES, Recipe
 from qft.recipes.rank_sweep import rank_sweep
+from qft.training.data import Examples, PaddingCollator
+from qft.training.evaluate import perplexity
+from qft.training.finetune import LEARNING_RATES, Recipe
 
 # (out, in) of the tiny Llama's two blocks: q, k, v, o, gate, up, down
 BLOCK = [(64, 64), (32, 64), (32, 64), (64, 64), (96, 64), (96, 64), (64, 96)]

@@ -5,9 +5,9 @@ import tiny_lm
 import torch
 
 import qft
-from qft.data import Examples, PaddingCollator
-from qft.finetune import Recipe
 from qft.recipes.rilq import rilq
+from qft.training.data import Examples, PaddingCollator
+from qft.training.finetune import Recipe
 
 COLLATE = PaddingCollator(tiny_lm.END)
 RECIPE = Recipe(steps=100, batch_size=8, learning_rate=5e-3, gradient_checkpointing=False)

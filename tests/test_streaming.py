@@ -24,14 +24,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qft
-from qft import files, manifest, shards, streaming, tensor_file
-from qft.dense_checkpoint import DenseCheckpoint, Entry
+from qft.disk import files, manifest, shards, streaming, tensor_file
+from qft.disk.dense_checkpoint import DenseCheckpoint, Entry
+from qft.disk.io import load, save
+from qft.disk.manifest import Manifest
+from qft.disk.pretrained import load_model, load_tokenizer
+from qft.disk.read_ahead import BUFFERS, ReadAhead
+from qft.disk.streaming import quantize_checkpoint
 from qft.format import FormatError
-from qft.io import load, save
-from qft.manifest import Manifest
-from qft.pretrained import load_model, load_tokenizer
-from qft.read_ahead import BUFFERS, ReadAhead
-from qft.streaming import quantize_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 import streaming as bench
@@ -307,8 +307,8 @@ import accelerate, torch
 torch.set_num_threads(1)  # a forked child has no other
 from transformers import LlamaForCausalLM
 from qft.format import FormatError
-from qft.io import load
-from qft.streaming import quantize_checkpoint
+from qft.disk.io import load
+from qft.disk.streaming import quantize_checkpoint
 
 source, out = sys.argv[1], Path(sys.argv[2])
 journal = out / ".qft-streaming" / "journal.jsonl"

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qft import tensor_file
+from qft.disk import tensor_file
+from qft.disk.tensor_file import DTYPE_NAMES, DTYPES, Stored
 from qft.format import FormatError
-from qft.tensor_file import DTYPE_NAMES, DTYPES, Stored
 
 
 def sample(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

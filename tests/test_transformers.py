@@ -12,7 +12,7 @@ from transformers.integrations.accelerate import compute_module_sizes
 
 import qft
 from qft.integrations import transformers as integration
-from qft.packed import Packed
+from qft.nn.packed import Packed
 
 IDS = torch.arange(40).reshape(2, 20) * 5 % tiny_lm.VOCABULARY
 CONFIGS = {

@@ -23,9 +23,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import qft
-from qft.experts import QuantExperts
-from qft.nn import FloatFacingQuantLinear
-from qft.packed import Packed
+from qft.nn.experts import QuantExperts
+from qft.nn.linear import FloatFacingQuantLinear
+from qft.nn.packed import Packed
 
 IDS = torch.arange(24).reshape(2, 12) * 7 % 96
 

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from ..nn import FloatFacingQuantLinear, QuantLinear
+from ..nn.linear import FloatFacingQuantLinear, QuantLinear
 from .scales import quant_layers
 
 T = TypeVar("T", bound="AdaptedLinear")

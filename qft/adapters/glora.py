@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .. import kernels, ops
-from ..nn import QuantLinear
+from ..nn.linear import QuantLinear
 from ..notices import say_once
 from ..tensor import quantize
 from .adapted import AdaptedLinear, adapted_layers, bare_layers

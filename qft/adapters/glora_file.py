@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import __version__, tensor_file
-from ..files import replace_files, settle
+from .. import __version__
+from ..disk import tensor_file
+from ..disk.files import replace_files, settle
+from ..disk.tensor_file import Stored
 from ..format import FormatError
-from ..nn import QuantLinear
-from ..tensor_file import Stored
+from ..nn.linear import QuantLinear
 from .adapted import AdaptedLinear
 from .glora import PIECES, GLoRAConfig, GLoRALinear, glora_layers
 from .scales import quant_layers

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..nn import QuantLinear
+from ..nn.linear import QuantLinear
 from ..notices import say_once
 from .adapted import AdaptedLinear, adapted_layers, bare_layers
 

@@ -22,10 +22,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .. import tensor_file
-from ..files import replace_files, settle
+from ..disk import tensor_file
+from ..disk.files import replace_files, settle
 from ..format import FormatError
-from ..nn import QuantLinear
+from ..nn.linear import QuantLinear
 from ..notices import say_once
 
 WEIGHTS = "adapter_model.safetensors"

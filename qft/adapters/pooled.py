@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..format import INTEGERS, ZERO_DTYPE, FormatError
-from ..nn import QuantLinear
+from ..nn.linear import QuantLinear
 from ..notices import say_once
 from ..reference import TORCH_DTYPE
 from ..tensor import QuantTensor

@@ -17,15 +17,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .. import __version__, tensor_file
-from ..files import replace_file
+from .. import __version__
+from ..disk import tensor_file
+from ..disk.files import replace_file
+from ..disk.tensor_file import Stored
 from ..format import Format, FormatError
-from ..nn import QuantLinear
+from ..nn.linear import QuantLinear
+from ..nn.packed import Packed, PackedWeight, packed_weights, weights_of
 from ..notices import say_once
-from ..packed import Packed, PackedWeight, packed_weights, weights_of
 from ..stack import QuantStack
 from ..tensor import QuantTensor
-from ..tensor_file import Stored
 
 _METADATA = "qft_task"
 _REMEMBERED = "stored_scale"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import QuantLinear
+from ..nn.linear import QuantLinear
 from ..notices import say_once
 
 

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..experts import layout_of
 from ..format import Format
-from ..nn import QuantLinear
+from ..model.targets import is_linear, output_head, weight_of
+from ..nn.experts import layout_of
+from ..nn.linear import QuantLinear
 from ..notices import say_once
-from ..targets import is_linear, output_head, weight_of
 from ..tensor import STORED
 
 METHODS = ("lora", "scales")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..targets import matches
+from ..model.targets import matches
 
 CHUNK = 1 << 20  # entries drawn at a time: what a projection holds beside its result
 SHARE = 0.9
@@ -179,9 +179,9 @@ def confine(model: nn.Module, d: int, *, seed: int = 0, said: bool = True, targe
     """Let a model train in a random subspace of d dimensions and nowhere else, in place.
 
     Every other parameter is frozen. The subspace becomes the model's submodule `subspace`, so that a Trainer, or
-    `qft.finetune.run`, trains and saves it. A step is a step of all weights together, so learning rates are large:
-    ‖W - W0‖ over all layers is about ‖theta‖. `prepare_for_training`, if wanted, comes before: it freezes what it does
-    not know.
+    `qft.training.finetune.run`, trains and saves it. A step is a step of all weights together, so learning rates are
+    large: ‖W - W0‖ over all layers is about ‖theta‖. `prepare_for_training`, if wanted, comes before: it freezes what
+    it does not know.
 
     Args:
         model: its nn.Linear layers move, packed (QuantLinear) or dense; the output head, embeddings, norms and biases

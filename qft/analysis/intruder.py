@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.peft_format import Factors, lora_factors, lora_layers
-from ..nn import QuantLinear
+from ..nn.linear import QuantLinear
 
 TOP_K = 10  # the authors' find_intruder_dimensions.py, and PEFT's
 EPSILON = 0.5

@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import __version__
-from ..layer_report import LayerReport, Report, report
-from ..packed import packed_weights
+from ..model.layer_report import LayerReport, Report, report
+from ..nn.packed import packed_weights
 from .charts import Chart, bar_chart, curve, histogram, smoothed
 from .weight_errors import WeightErrors, start_errors, weight_errors
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..experts import oriented
-from ..packed import PackedWeight, packed_weights
-from ..targets import weight_of
+from ..model.targets import weight_of
+from ..nn.experts import oriented
+from ..nn.packed import PackedWeight, packed_weights
 
 RANGE = 4.0  # of the histograms, in root mean squares of a layer's weight; what lies beyond counts in the last bin
 BINS = 8193  # odd: the middle bin is centred on no error

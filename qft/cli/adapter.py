@@ -20,9 +20,9 @@ def adapter(
 ) -> None:
     """Take a tuned model's LoRA out, for a library to compose or for PEFT."""
     quiet()
-    from .. import checkpoint
     from ..adapters.peft_format import describe_adapter, save_adapter
-    from ..directory import load
+    from ..disk import checkpoint
+    from ..disk.directory import load
 
     checkpoint.refuse_to_overwrite(out)
     save_adapter(load(model), out)

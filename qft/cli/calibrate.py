@@ -36,11 +36,11 @@ def calibrate(
 ) -> None:
     """Measure what a dense model's layers read on a text; repeating the command goes on where it was killed."""
     quiet()
-    from ..calibration import calibrate as measure
-    from ..data import PaddingCollator, read
-    from ..directory import is_quantized
+    from ..disk.directory import is_quantized
+    from ..disk.pretrained import load_tokenizer, row_length, vocabulary
+    from ..measure.calibration import calibrate as measure
     from ..notices import say_once
-    from ..pretrained import load_tokenizer, row_length, vocabulary
+    from ..training.data import PaddingCollator, read
 
     if is_quantized(model):
         raise ValueError(f"{model} is quantized already; name the dense model")

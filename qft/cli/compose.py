@@ -31,13 +31,13 @@ def compose(
 ) -> None:
     """Weigh a library's adapters for a new task by a few examples, without gradients (LoraHub)."""
     quiet()
-    from .. import checkpoint
     from ..compose.library import Library
     from ..compose.lorahub import lorahub
     from ..compose.pairs import encoder_decoder_rows
-    from ..data import PaddingCollator, read
-    from ..directory import is_quantized
-    from ..pretrained import load_tokenizer, row_length, vocabulary
+    from ..disk import checkpoint
+    from ..disk.directory import is_quantized
+    from ..disk.pretrained import load_tokenizer, row_length, vocabulary
+    from ..training.data import PaddingCollator, read
 
     checkpoint.refuse_to_overwrite(out)
     if not is_quantized(model):

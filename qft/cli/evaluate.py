@@ -27,9 +27,9 @@ def evaluate(
 ) -> None:
     """Measure a model's perplexity on a text."""
     quiet()
-    from ..data import PaddingCollator, read
-    from ..evaluate import perplexity
-    from ..pretrained import load_tokenizer, row_length, vocabulary
+    from ..disk.pretrained import load_tokenizer, row_length, vocabulary
+    from ..training.data import PaddingCollator, read
+    from ..training.evaluate import perplexity
 
     network, tokenizer = open_model(model, task, dtype), load_tokenizer(model)
     length = row_length(network, block_size)

@@ -27,7 +27,7 @@ def explain(
     import torch
 
     from .. import kernels
-    from ..pretrained import CHOICES
+    from ..disk.pretrained import CHOICES
 
     if dtype not in CHOICES[1:]:
         raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(CHOICES[1:])}")

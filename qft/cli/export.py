@@ -39,10 +39,10 @@ def export(
     quiet()
     import torch
 
-    from .. import checkpoint
-    from ..directory import is_quantized
-    from ..nn import QuantLinear
-    from ..pretrained import CHOICES, load_model, load_tokenizer
+    from ..disk import checkpoint
+    from ..disk.directory import is_quantized
+    from ..disk.pretrained import CHOICES, load_model, load_tokenizer
+    from ..nn.linear import QuantLinear
 
     checkpoint.refuse_to_overwrite(out)
     if dense and to in (Target.peft, Target.dense):

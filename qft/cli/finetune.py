@@ -41,9 +41,9 @@ def finetune(
 ) -> None:
     """Tune a model on a text; repeating the command goes on with a run that was killed."""
     quiet()
-    from ..finetune import Recipe
-    from ..job import Start, tune
-    from ..ranks import is_first
+    from ..training.finetune import Recipe
+    from ..training.job import Start, tune
+    from ..training.ranks import is_first
 
     recipe = Recipe(
         method=method,

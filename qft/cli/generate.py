@@ -28,8 +28,8 @@ def generate(
     quiet()
     import torch
 
-    from ..data import check_vocabulary
-    from ..pretrained import load_tokenizer, vocabulary
+    from ..disk.pretrained import load_tokenizer, vocabulary
+    from ..training.data import check_vocabulary
 
     if tokens < 1 or temperature < 0:
         raise ValueError(f"--tokens {tokens} and --temperature {temperature} must be 1 or more, and 0 or more")

@@ -41,9 +41,9 @@ def info(
         task = {"layers": len(layers), "formats": formats, "scales": scales, "bytes": model.stat().st_size}
         print_result(task, as_json, values(task))
     else:
-        from ..directory import is_quantized
-        from ..layer_report import report
-        from ..pretrained import describe, load_model
+        from ..disk.directory import is_quantized
+        from ..disk.pretrained import describe, load_model
+        from ..model.layer_report import report
 
         quiet()
         made = describe(model) if is_quantized(model) else report(load_model(model))

@@ -22,11 +22,11 @@ def merge(
 ) -> None:
     """Merge a PEFT adapter into a quantized model, each layer quantized again in its own format."""
     quiet()
-    from .. import checkpoint
-    from ..directory import is_quantized
+    from ..disk import checkpoint
+    from ..disk.directory import is_quantized
+    from ..disk.io import save
+    from ..disk.pretrained import load_tokenizer
     from ..integrations.peft_merge import merge_adapter
-    from ..io import save
-    from ..pretrained import load_tokenizer
     from .models import open_model
 
     checkpoint.refuse_to_overwrite(out)

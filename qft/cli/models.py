@@ -10,13 +10,13 @@ from rich.table import Table
 from .output import new_table
 
 if TYPE_CHECKING:
-    from ..layer_report import LayerReport, Report
+    from ..model.layer_report import LayerReport, Report
 
 
 def open_model(model: Path, task: Path | None, dtype: str) -> Any:
     from ..adapters.peft_format import load_adapter
     from ..adapters.scales import load_scales
-    from ..pretrained import device, load_model
+    from ..disk.pretrained import device, load_model
 
     network = load_model(model, dtype)
     if task:

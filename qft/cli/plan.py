@@ -16,7 +16,7 @@ from .options import AsJson, Dtype, Model
 from .output import new_table, print_result, quiet
 
 if TYPE_CHECKING:
-    from ..plan import Plan
+    from ..measure.plan import Plan
 
 
 @app.command()
@@ -36,10 +36,10 @@ def plan(
 ) -> None:
     """Choose a format for each layer: the least error within a budget of bits."""
     quiet()
-    from ..calibration import Calibration
-    from ..directory import is_quantized
-    from ..measured_plan import LADDER, plan_bits, plan_first_layers
-    from ..plan_figure import draw_plan
+    from ..disk.directory import is_quantized
+    from ..measure.calibration import Calibration
+    from ..measure.measured_plan import LADDER, plan_bits, plan_first_layers
+    from ..measure.plan_figure import draw_plan
 
     if is_quantized(model):
         raise ValueError(f"{model} is quantized already; name the dense model")

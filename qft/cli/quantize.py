@@ -36,14 +36,14 @@ def quantize(
     A bitsandbytes 4-bit model keeps the codes it has.
     """
     quiet()
-    from ..checkpoint import refuse_to_overwrite
-    from ..directory import kind_of
-    from ..io import save
-    from ..job import Start, open_quantized
-    from ..layer_report import report
-    from ..plan import Plan
-    from ..pretrained import load_tokenizer
-    from ..streaming import quantize_checkpoint
+    from ..disk.checkpoint import refuse_to_overwrite
+    from ..disk.directory import kind_of
+    from ..disk.io import save
+    from ..disk.pretrained import load_tokenizer
+    from ..disk.streaming import quantize_checkpoint
+    from ..measure.plan import Plan
+    from ..model.layer_report import report
+    from ..training.job import Start, open_quantized
 
     kind = kind_of(model)
     if kind == "bitsandbytes" and (format or plan or formats or skip or init != "plain" or calibration):

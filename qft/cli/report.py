@@ -21,10 +21,11 @@ def report(
 ) -> None:
     """Write a page about a model: bits, errors, size against dense, the last run's losses."""
     quiet()
-    from .. import load, losses
+    from .. import load
     from ..analysis.report_page import report_page
-    from ..directory import is_quantized
-    from ..files import replace_file
+    from ..disk.directory import is_quantized
+    from ..disk.files import replace_file
+    from ..training import losses
 
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"{out} cannot be a file; name one in a directory that there is, such as report.html")

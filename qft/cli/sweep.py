@@ -42,14 +42,14 @@ def sweep(
     quiet()
     import torch
 
-    from .. import checkpoint
-    from ..data import PaddingCollator, read
-    from ..directory import is_quantized
-    from ..finetune import Recipe
-    from ..job import Start, open_quantized
+    from ..disk import checkpoint
+    from ..disk.directory import is_quantized
+    from ..disk.pretrained import device, load_model, load_tokenizer, row_length, vocabulary
     from ..notices import say_once
-    from ..pretrained import device, load_model, load_tokenizer, row_length, vocabulary
     from ..recipes.rank_sweep import rank_sweep
+    from ..training.data import PaddingCollator, read
+    from ..training.finetune import Recipe
+    from ..training.job import Start, open_quantized
 
     wanted = _numbers(ranks)
     if not 0 < held_out < 1:

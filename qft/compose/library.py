@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..adapters.peft_format import CONFIG, Factors, LoraShape, describe_adapter, read_factors
-from ..files import settle
+from ..disk.files import settle
 from ..format import FormatError
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.peft_format import Factors, attach, check_fit, save_adapter, undone_on_error
-from ..data import IGNORE, Row
-from ..files import replace_file
-from ..nn import QuantLinear
+from ..disk.files import replace_file
+from ..nn.linear import QuantLinear
+from ..training.data import IGNORE, Row
 from .library import Library
 
 BOUND = 1.5  # of every weight, either side (section 4.2 and the authors' algorithm.py)

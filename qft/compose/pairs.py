@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from ..data import IGNORE, Examples, Row
+from ..training.data import IGNORE, Examples, Row
 
 
 def encoder_decoder_rows(rows: Sequence[Row], end: int | None = None) -> Examples:
     """The prompt of each row as the encoder's input, and its completion as the decoder's labels.
 
     Args:
-        rows: of prompt and completion, as `qft.data.read` gives them: what is not learned, then what is.
+        rows: of prompt and completion, as `qft.training.data.read` gives them: what is not learned, then what is.
         end: token that closes the encoder's input (T5's and BART's end of sequence); None adds none.
 
     Raises:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..adapters.peft_format import Factors, attach, check_fit, read_factors, undone_on_error
-from ..data import IGNORE, Row
-from ..nn import QuantLinear
+from ..nn.linear import QuantLinear
+from ..training.data import IGNORE, Row
 
 OUTPUTS = ("logits", "hidden")
 SIMILARITY = 0.01  # the paper's lambda

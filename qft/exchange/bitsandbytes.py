@@ -13,14 +13,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..experts import layout_of
-from ..files import settle
+from ..disk.files import settle
+from ..disk.skeleton import CONFIG, architecture_of, empty_model, read_config
 from ..format import Format, FormatError
-from ..nn import FloatFacingQuantLinear, QuantLinear
+from ..model.targets import ANY_FORMAT, Target, find_targets, is_linear, matches, output_head, reads
+from ..nn.experts import layout_of
+from ..nn.linear import FloatFacingQuantLinear, QuantLinear
+from ..nn.packed import Packed
 from ..notices import say_once
-from ..packed import Packed
-from ..skeleton import CONFIG, architecture_of, empty_model, read_config
-from ..targets import ANY_FORMAT, Target, find_targets, is_linear, matches, output_head, reads
 from . import bitsandbytes_weight as weights
 from .bitsandbytes_experts import read_experts
 from .checkpoint_files import CheckpointFiles

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 
 import torch
 
-from ..experts import QuantExperts, layout_of, oriented
 from ..format import Format, FormatError
+from ..model.targets import Target
+from ..nn.experts import QuantExperts, layout_of, oriented
 from ..stack import QuantStack
-from ..targets import Target
 from ..tensor import QuantTensor
 from . import bitsandbytes_weight as weights
 from .checkpoint_files import CheckpointFiles

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapted import AdaptedLinear
-from ..embedding import QuantEmbedding
-from ..experts import QuantExperts
 from ..format import Format, FormatError
-from ..nn import QuantLinear
-from ..packed import Packed
-from ..targets import is_linear, matches
+from ..model.targets import is_linear, matches
+from ..nn.embedding import QuantEmbedding
+from ..nn.experts import QuantExperts
+from ..nn.linear import QuantLinear
+from ..nn.packed import Packed
 from ..tensor import QuantTensor
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import __version__, checkpoint, tensor_file
-from ..files import replace_files
+from .. import __version__
+from ..disk import checkpoint, tensor_file
+from ..disk.files import replace_files
 
 SHARD_BYTES = 5_000_000_000  # of one file of weights, as save_pretrained has it
 QUANTIZER = f"qft:{__version__}"

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..disk.skeleton import CONFIG
 from ..format import FormatError
+from ..nn.packed import Packed
 from ..notices import say_once
-from ..packed import Packed
-from ..skeleton import CONFIG
 from .checkpoint_files import CheckpointFiles
 
 _FLOATS = ("F64", "F32", "F16", "BF16")

@@ -18,10 +18,10 @@ from torch.distributed import fsdp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from .. import ranks
-from ..nn import QuantLinear
+from ..nn.linear import QuantLinear
+from ..nn.packed import Packed
 from ..notices import say_once
-from ..packed import Packed
+from ..training import ranks
 
 Unit = list[nn.Module]  # modules whose Parameters are gathered together
 

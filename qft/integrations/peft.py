@@ -41,11 +41,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..embedding import QuantEmbedding
-from ..experts import QuantExperts
-from ..nn import FloatFacingQuantLinear, QuantLinear
+from ..nn.embedding import QuantEmbedding
+from ..nn.experts import QuantExperts
+from ..nn.linear import FloatFacingQuantLinear, QuantLinear
+from ..nn.packed import Packed
 from ..notices import say_once
-from ..packed import Packed
 from .peft_dora import PackedDora
 from .peft_embedding import on_packed_embedding
 from .peft_start import AroundOwnLora, noting_combinations

@@ -18,7 +18,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 
 from .. import ops
-from ..nn import QuantLinear
+from ..nn.linear import QuantLinear
 from .peft_weight import counting_product, effective_weight
 
 

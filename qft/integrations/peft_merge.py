@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..adapters.peft_format import CONFIG, WEIGHTS
-from ..files import settle
+from ..disk.files import settle
 from ..format import FormatError
-from ..nn import QuantLinear
+from ..nn.linear import QuantLinear
 
 
 def merge_adapter(model: nn.Module, directory: str | Path) -> tuple[nn.Module, dict[str, float]]:

@@ -16,7 +16,7 @@ import torch
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
-from ..nn import QuantLinear
+from ..nn.linear import QuantLinear
 from ..notices import say_once
 from .peft_weight import own_product
 

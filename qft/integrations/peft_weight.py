@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from ..nn import QuantLinear
+from ..nn.linear import QuantLinear
 from ..notices import say_once
 from ..tensor import quantize
 

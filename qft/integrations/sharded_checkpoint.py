@@ -19,9 +19,10 @@ from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import checkpoint, ranks
+from ..disk import checkpoint
 from ..format import FormatError
 from ..notices import say_once
+from ..training import ranks
 
 KEPT = 2  # checkpoints: the one before stays until the newest is complete
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # in the names of torch.compile's and checkpointing's modules

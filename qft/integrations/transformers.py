@@ -28,16 +28,16 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .. import io
-from ..described import describe, put_face, without_values
-from ..embedding import QuantEmbedding
-from ..experts import QuantExperts
+from ..disk import io
+from ..disk.described import describe, put_face, without_values
+from ..disk.manifest import METHOD, Layer, layers_from_json, quantization_config
 from ..format import Format, FormatError
-from ..manifest import METHOD, Layer, layers_from_json, quantization_config
-from ..model import choose_targets, quantize_model, replace_target
-from ..nn import QuantLinear
-from ..packed import Packed, stored_names
-from ..targets import Target, find_targets, matches
+from ..model.surgery import choose_targets, quantize_model, replace_target
+from ..model.targets import Target, find_targets, matches
+from ..nn.embedding import QuantEmbedding
+from ..nn.experts import QuantExperts
+from ..nn.linear import QuantLinear
+from ..nn.packed import Packed, stored_names
 from .peft_weight import effective_weight
 from .transformers_config import QftConfig
 

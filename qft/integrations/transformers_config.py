@@ -9,9 +9,9 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import init as starts
+from ..disk.manifest import METHOD, quantization_config
 from ..format import Format
-from ..manifest import METHOD, quantization_config
-from ..model import check_start
+from ..model.surgery import check_start
 
 
 class QftConfig(QuantizationConfigMixin):  # type: ignore[misc]

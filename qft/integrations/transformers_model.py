@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers.modeling_utils import PreTrainedModel
 
-from ..packed import Packed
+from ..nn.packed import Packed
 from .transformers import QftQuantizer
 from .transformers_config import QftConfig
 

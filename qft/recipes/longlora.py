@@ -21,8 +21,8 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from ..adapters.scales import train_only
+from ..model.prepare import prepare_for_training
 from ..notices import say_once
-from ..prepare import prepare_for_training
 
 GROUPS_PER_ROW = 4  # the paper's G is a quarter of the row (section 4.1)
 NAME = "shifted_sparse"
@@ -34,8 +34,8 @@ def longlora(
     """Make a quantized model with LoRA ready to train on rows longer than it was built for, in place.
 
     Sets shifted sparse attention; lets the LoRA, every embedding and every norm train (section 3.3: "LoRA+"), and
-    nothing else; an output head tied to the embedding trains with it. Then `qft.finetune.run` trains it. This calls
-    `train_only` and `prepare_for_training` itself, which would freeze embeddings and norms if called later.
+    nothing else; an output head tied to the embedding trains with it. Then `qft.training.finetune.run` trains it. This
+    calls `train_only` and `prepare_for_training` itself, which would freeze embeddings and norms if called later.
 
     Args:
         model: a transformers model whose attention is causal and goes through transformers' attention interface.

@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import IGNORE, PaddingCollator, Row
-from ..nn import QuantLinear
-from ..prepare import prepare_for_training
-from ..targets import matches
+from ..model.prepare import prepare_for_training
+from ..model.targets import matches
+from ..nn.linear import QuantLinear
+from ..training.data import IGNORE, PaddingCollator, Row
 
 BUFFER = 4  # hard samples kept (Wei et al., section 4)
 
@@ -189,7 +189,7 @@ class OnlineLora:
         """Learn one batch of the stream, and switch to a new LoRA if the loss has settled.
 
         Args:
-            rows: as `qft.data.read` gives them.
+            rows: as `qft.training.data.read` gives them.
 
         Raises:
             ValueError: the loss is not finite; nothing was changed by it.

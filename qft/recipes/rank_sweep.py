@@ -15,10 +15,10 @@ from typing import Any
 from torch import nn
 
 from ..analysis.cost import Cost, cost, peak_memory
-from ..data import Examples, PaddingCollator
-from ..evaluate import perplexity
-from ..finetune import Recipe, finetune
-from ..nn import QuantLinear
+from ..nn.linear import QuantLinear
+from ..training.data import Examples, PaddingCollator
+from ..training.evaluate import perplexity
+from ..training.finetune import Recipe, finetune
 
 Start = Callable[[int, float], nn.Module]
 
@@ -83,7 +83,7 @@ def rank_sweep(
 
     Raises:
         ValueError: no run is asked for, a rank is not positive or named twice, alpha_per_rank is not positive, or
-            training fails as `qft.finetune.finetune` says.
+            training fails as `qft.training.finetune.finetune` says.
     """
     if not ranks and not scales:
         raise ValueError("there is nothing to sweep; name one or more ranks, or scales")

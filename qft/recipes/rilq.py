@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import IGNORE, Examples, PaddingCollator
-from ..finetune import Finetuned, Recipe, run
-from ..prepare import prepare_for_training
+from ..model.prepare import prepare_for_training
+from ..training.data import IGNORE, Examples, PaddingCollator
+from ..training.finetune import Finetuned, Recipe, run
 
 
 def rilq(

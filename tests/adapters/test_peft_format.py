@@ -192,7 +192,7 @@ def test_a_failed_save_leaves_the_older_adapter(tmp_path, monkeypatch):
     def full(*args, **keywords):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qft.tensor_file.write", full)
+    monkeypatch.setattr("qft.disk.tensor_file.write", full)
     with pytest.raises(OSError, match="No space"):
         qft.save_adapter(packed(rank=2), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

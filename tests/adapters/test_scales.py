@@ -17,10 +17,11 @@ from formats import FORMATS, ODD, sample
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from qft import notices, ops, tensor_file
+from qft import notices, ops
 from qft.adapters.scales import load_scales, read_task, round_scales, save_scales, scales_state, train_only
+from qft.disk import tensor_file
 from qft.format import Format, FormatError
-from qft.nn import FloatFacingQuantLinear, QuantLinear
+from qft.nn.linear import FloatFacingQuantLinear, QuantLinear
 from qft.tensor import quantize
 
 SCALES = ("f32", "f16", "bf16", "dq")

@@ -11,7 +11,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 import qft
 from qft.adapters.peft_format import describe_adapter, lora_factors, save_adapter
 from qft.compose.pairs import encoder_decoder_rows
-from qft.data import IGNORE
+from qft.training.data import IGNORE
 
 
 @pytest.fixture(autouse=True)

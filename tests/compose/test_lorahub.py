@@ -17,9 +17,9 @@ from qft import FormatError
 from qft.adapters.peft_format import Factors, attach, lora_factors, save_adapter
 from qft.compose.library import Library
 from qft.compose.lorahub import BOUND, WeightedSums, lorahub
-from qft.data import IGNORE, Examples, PaddingCollator
-from qft.evaluate import perplexity
-from qft.files import WRITTEN
+from qft.disk.files import WRITTEN
+from qft.training.data import IGNORE, Examples, PaddingCollator
+from qft.training.evaluate import perplexity
 
 IN, OUT, RANK, MODULES = 48, 40, 4, 6  # of the planted mix
 IDS = torch.arange(24).reshape(2, 12)

@@ -9,7 +9,7 @@ import qft
 from qft import FormatError
 from qft.adapters.peft_format import Factors, attach, lora_factors, save_adapter
 from qft.compose.ziplora import ziplora
-from qft.data import PaddingCollator
+from qft.training.data import PaddingCollator
 
 COLLATE = PaddingCollator(0)
 FIRST = [{"input_ids": ids, "labels": ids} for ids in torch.arange(60).reshape(5, 12)]

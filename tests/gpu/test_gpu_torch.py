@@ -14,7 +14,7 @@ from test_ops import CHECKED, OPERATORS, arguments, has
 
 import qft
 from qft import kernels, native, ops, reference
-from qft.pretrained import load_model
+from qft.disk.pretrained import load_model
 
 GIB = 1 << 30
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "stdlib-lm"

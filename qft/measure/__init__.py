@@ -1,0 +1,1 @@
+"""What layers read, what rounding costs them, and which format for which layer follows from it."""

@@ -1,0 +1,1 @@
+"""What holds packed weights in a model: QuantLinear, QuantEmbedding, QuantExperts."""
