@@ -22,7 +22,7 @@ STEPS = ("mkdir", "open", "fsync", "rename", "replace", "rmdir", "unlink")  # of
 KILLER = f"""
 import json, os, shutil, sys
 from pathlib import Path
-from qft import files
+from qft.disk import files
 
 STEPS = {STEPS!r}
 

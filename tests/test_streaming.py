@@ -472,7 +472,8 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(source: Pat
 # A disk that takes no more than 30 kB of a file, in the middle of a run whose reader waits for a buffer.
 FULL = """
 import resource, signal, sys
-from qft import cli, streaming
+from qft import cli
+from qft.disk import streaming
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 write = streaming._Run.write
 
