@@ -99,7 +99,7 @@ class Problem:
 
     def run(self, library, variant):
         """The result and the emulator's complaint."""
-        result = np.full(self.sizes[:2], np.nan, np.float32)
+        result = aligned(np.full(self.sizes[:2], np.nan, np.float32))
         return result, launch(library, "run_gemm", variant, *self.sizes, *self.inputs, result)
 
     def is_right(self, result):

@@ -6,10 +6,14 @@ import numpy as np
 from simt.build import Library
 
 
+# Bytes on either side of an array that no kernel is told of: a stray access lands here, never in another array.
+GUARD = 1 << 16
+
+
 def aligned(array: np.ndarray) -> np.ndarray:
-    """A copy that starts at a multiple of 256 bytes, as device allocations do."""
-    memory = np.empty(array.nbytes + 256, np.uint8)
-    start = -memory.ctypes.data % 256
+    """A copy that starts at a multiple of 256 bytes, as device allocations do, with `GUARD` bytes before and after."""
+    memory = np.empty(GUARD + 256 + array.nbytes + GUARD, np.uint8)
+    start = GUARD + -(memory.ctypes.data + GUARD) % 256
     copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
     copy[...] = array
     return copy
