@@ -48,6 +48,10 @@ struct Companion {
   // floats of scratch that a row may need
   int64_t row_floats() const { return data && !in_place ? grouping.read_by(blocks(w.in)) : 0; }
 
+  // where row o's numbers are stored, and the bytes that they take
+  int64_t stored_row() const { return w.groups * (kind == Scale::f32 ? 4 : kind == Scale::dq ? 1 : 2); }
+  const char* stored(int64_t o) const { return static_cast<const char*>(data) + o * stored_row(); }
+
   // The row's numbers by group, those that blocks b0 .. b1 - 1 read being valid; `scratch` holds row_floats().
   const float* row(int64_t o, int64_t b0, int64_t b1, float* scratch) const {
     if (!data) return nullptr;

@@ -1,19 +1,21 @@
 // matmul: y = x Wt for a few rows of x. A thread takes a tile of outputs at a time; each code is looked up once per
-// tile of rows, and every product of a block is summed before the group's scale multiplies it.
+// tile of rows, and every product of a block is summed before the group's scale multiplies it, which leaves the sums of
+// neighbouring blocks independent of each other.
 #pragma once
 
+#include "qft/cpu/ahead.h"
 #include "qft/cpu/companions.h"
 #include "qft/cpu/decoder.h"
 #include "qft/launch.h"
 
 namespace qft::QFT_ISA {
 
-// x[rows][in] -> fp32 [rows][blocks * 128] in the order of code_at, zeros past the end; shared among the team
+// x[rows][in] -> fp32 [blocks][rows][128] in the order of code_at, zeros past the end; shared among the team
 static inline void permute_rows(const MatmulArgs& a) {
   const int64_t in = a.weight.in, count = blocks(in);
 #pragma omp for schedule(static)
   for (int64_t i = 0; i < a.rows * count; i++) {
-    const int64_t r = i / count, b = i % count;
+    const int64_t b = i / a.rows, r = i % a.rows;
     float dense[kBlock], *permuted = a.workspace + i * kBlock;
     read_run(a.x, r * in + b * kBlock, least(kBlock, in - b * kBlock), a.dtype, dense, kBlock);
     for (int v = 0; v < 8; v++)
@@ -21,103 +23,104 @@ static inline void permute_rows(const MatmulArgs& a) {
   }
 }
 
-// One tile: kTileOutputs rows of W against `rows` rows of x. Shifted formats subtract
-// zero points.
+// Where the codes, scales and zero points of a tile's outputs lie: those past the end of W repeat its last.
+struct TileRows {
+  const uint8_t* codes[kTileOutputs];
+  const float* scales[kTileOutputs];
+  const float* zeros[kTileOutputs];
+};
+
+// One tile: kTileOutputs rows of W against `rows` rows of x. Shifted formats subtract zero points.
 template <class F, int rows, bool shifted>
 struct MatmulTile {
   const Decoder<F>& decoder;
   const Grouping& grouping;
-  const uint8_t* codes[kTileOutputs];
-  const float* scales[kTileOutputs];
-  const float* zeros[kTileOutputs];
-  const float* x;
-  int64_t x_stride;
+  const TileRows& w;
+  const float* x;    // of block 0
+  int64_t x_stride;  // from block to block
   Vec sums[rows][kTileOutputs];
 
   // adds block b, whose codes lie at p[o]
   inline __attribute__((always_inline)) void add(const uint8_t* const* p, int64_t b) {
     typename Decoder<F>::Words words[kTileOutputs];
-    Vec zero_points[kTileOutputs], partial[rows][kTileOutputs];
+    Vec zero_point[kTileOutputs], partial[rows][kTileOutputs];
 #pragma GCC unroll 4
     for (int o = 0; o < kTileOutputs; o++) {
       words[o] = Decoder<F>::words(p[o]);
-      if (shifted) zero_points[o] = grouping.lanes(zeros[o], b);
+      if (shifted) zero_point[o] = grouping.lanes(w.zeros[o], b);
     }
+    const float* in = x + b * x_stride;
 #pragma GCC unroll kUnroll
     for (int v = 0; v < 8; v++) {
-      Vec in[rows];
-#pragma GCC unroll 4
-      for (int r = 0; r < rows; r++) in[r] = load(x + r * x_stride + b * kBlock + 16 * v);
+      Vec level[kTileOutputs];
 #pragma GCC unroll 4
       for (int o = 0; o < kTileOutputs; o++) {
-        Vec level = decoder.levels(words[o], v);
-        if (shifted) level = sub(level, zero_points[o]);
+        level[o] = decoder.levels(words[o], v);
+        if (shifted) level[o] = sub(level[o], zero_point[o]);
+      }
 #pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) partial[r][o] = v == 0 ? mul(level, in[r]) : fma(level, in[r], partial[r][o]);
+      for (int r = 0; r < rows; r++) {
+        const Vec one = load(in + r * kBlock + 16 * v);
+#pragma GCC unroll 4
+        for (int o = 0; o < kTileOutputs; o++)
+          partial[r][o] = v == 0 ? mul(level[o], one) : fma(level[o], one, partial[r][o]);
       }
     }
 #pragma GCC unroll 4
     for (int o = 0; o < kTileOutputs; o++) {
-      const Vec scale = grouping.lanes(scales[o], b);
+      const Vec scale = grouping.lanes(w.scales[o], b);
 #pragma GCC unroll 4
       for (int r = 0; r < rows; r++) sums[r][o] = fma(partial[r][o], scale, sums[r][o]);
     }
   }
 
-  void run() {
+  void run(Ahead ahead) {
     constexpr int64_t bytes = Decoder<F>::block_bytes;
     for (int r = 0; r < rows; r++)
       for (int o = 0; o < kTileOutputs; o++) sums[r][o] = zero();
     const int64_t count = blocks(decoder.w.in), whole = least(count, decoder.whole_blocks());
     const uint8_t* p[kTileOutputs];
     for (int64_t b = 0; b < whole; b++) {
-      for (int o = 0; o < kTileOutputs; o++) {
-        p[o] = codes[o] + b * bytes;
-        __builtin_prefetch(p[o] + kTileOutputs * decoder.w.row_bytes);  // the next tile's
-      }
+      ahead.template ask<kTileOutputs * bytes, shifted>();
+      for (int o = 0; o < kTileOutputs; o++) p[o] = w.codes[o] + b * bytes;
       add(p, b);
     }
     if (whole < count) {
       uint8_t copies[kTileOutputs][bytes];
-      for (int o = 0; o < kTileOutputs; o++) p[o] = decoder.block(codes[o], whole, copies[o]);
+      for (int o = 0; o < kTileOutputs; o++) p[o] = decoder.block(w.codes[o], whole, copies[o]);
       add(p, whole);
     }
   }
 };
 
-// Outputs o .. o + kTileOutputs - 1 of all rows, the last of them repeated where W ends.
+// A tile's outputs for all rows.
 template <class F, bool shifted>
 struct MatmulOutputs {
   const MatmulArgs& a;
   const Decoder<F>& decoder;
   const Grouping& grouping;
   int64_t first;
-  const float* scales[kTileOutputs];
-  const float* zeros[kTileOutputs];
+  const Ahead& ahead;
+  TileRows w;
 
   template <int rows>
   void tile(int64_t row) const {
-    const Weight& w = a.weight;
-    const int64_t padded = blocks(w.in) * kBlock;
-    MatmulTile<F, rows, shifted> tile{decoder, grouping, {}, {}, {}, a.workspace + row * padded, padded, {}};
-    for (int o = 0; o < kTileOutputs; o++) {
-      tile.codes[o] = decoder.row(least(first + o, w.out - 1));
-      tile.scales[o] = scales[o];
-      tile.zeros[o] = zeros[o];
-    }
-    tile.run();
+    MatmulTile<F, rows, shifted> tile{decoder, grouping, w, a.workspace + row * kBlock, a.rows * kBlock, {}};
+    tile.run(ahead);
     for (int r = 0; r < rows; r++)
-      for (int o = 0; o < kTileOutputs && first + o < w.out; o++)
-        write(a.y, (row + r) * w.out + first + o, sum(tile.sums[r][o]), a.dtype);
+      for (int o = 0; o < kTileOutputs && first + o < a.weight.out; o++)
+        write(a.y, (row + r) * a.weight.out + first + o, sum(tile.sums[r][o]), a.dtype);
   }
 
   void run() const {
     int64_t row = 0;
-    if constexpr (kTileRows >= 4)
-      for (; row + 4 <= a.rows; row += 4) tile<4>(row);
-    if constexpr (kTileRows >= 2)
-      for (; row + 2 <= a.rows; row += 2) tile<2>(row);
-    for (; row < a.rows; row++) tile<1>(row);
+    for (; row + kTileRows <= a.rows; row += kTileRows) tile<kTileRows>(row);
+    const int64_t left = a.rows - row;
+    if constexpr (kTileRows > 3)
+      if (left == 3) return tile<3>(row);
+    if constexpr (kTileRows > 2)
+      if (left == 2) return tile<2>(row);
+    if (left == 1) tile<1>(row);
   }
 };
 
@@ -128,17 +131,20 @@ static void matmul_shifted(const MatmulArgs& a) {
   const Decoder<F> decoder(w);
   const Companion scales = Companion::scales(w, grouping), zeros = Companion::zeros(w, grouping);
   const int64_t scale_floats = scales.row_floats(), zero_floats = zeros.row_floats(), count = blocks(w.in);
+  const int64_t tiles = (w.out + kTileOutputs - 1) / kTileOutputs, chunk = tiles_at_a_time(tiles, a.place.threads);
 #pragma omp parallel num_threads(a.place.threads)
   {
     permute_rows(a);
     Scratch scale_rows(kTileOutputs * scale_floats), zero_rows(kTileOutputs * zero_floats);
-#pragma omp for schedule(dynamic, 4)
-    for (int64_t tile = 0; tile < (w.out + kTileOutputs - 1) / kTileOutputs; tile++) {
-      MatmulOutputs<F, shifted> outputs{a, decoder, grouping, tile * kTileOutputs, {}, {}};
+#pragma omp for schedule(dynamic, chunk)
+    for (int64_t tile = 0; tile < tiles; tile++) {
+      const int64_t first = tile * kTileOutputs;
+      MatmulOutputs<F, shifted> outputs{a, decoder, grouping, first, Ahead(w, scales, zeros, first), {}};
       for (int o = 0; o < kTileOutputs; o++) {
-        const int64_t row = least(outputs.first + o, w.out - 1);
-        outputs.scales[o] = scales.row(row, 0, count, scale_rows.data + o * scale_floats);
-        outputs.zeros[o] = zeros.row(row, 0, count, zero_rows.data + o * zero_floats);
+        const int64_t row = least(first + o, w.out - 1);
+        outputs.w.codes[o] = decoder.row(row);
+        outputs.w.scales[o] = scales.row(row, 0, count, scale_rows.data + o * scale_floats);
+        outputs.w.zeros[o] = zeros.row(row, 0, count, zero_rows.data + o * zero_floats);
       }
       outputs.run();
     }

@@ -2,6 +2,7 @@
 // of them at a time; the sums stay in the order of code_at until they are stored.
 #pragma once
 
+#include "qft/cpu/ahead.h"
 #include "qft/cpu/companions.h"
 #include "qft/cpu/decoder.h"
 #include "qft/launch.h"
@@ -78,6 +79,7 @@ struct MatmulTStripe {
     const float *scale[kTileOutputs], *zero_point[kTileOutputs];
     for (int i = 0; i < kTileOutputs; i++) {
       const int64_t row = least(o + i, w.out - 1);
+      ask_for(w, scales, zeros, least(row + 2 * kTileOutputs, w.out - 1), first, last, Decoder<F>::block_bytes);
       codes[i] = decoder.row(row);
       scale[i] = scales.row(row, first, last, scale_rows + i * scales.row_floats());
       zero_point[i] = zeros.row(row, first, last, zero_rows + i * zeros.row_floats());
@@ -85,11 +87,7 @@ struct MatmulTStripe {
     for (int64_t b = first; b < last; b++) {
       uint8_t copies[kTileOutputs][Decoder<F>::block_bytes];
       const uint8_t* p[kTileOutputs];
-      for (int i = 0; i < kTileOutputs; i++) {
-        p[i] = decoder.block(codes[i], b, copies[i]);
-        __builtin_prefetch(codes[i] + b * Decoder<F>::block_bytes +
-                           2 * kTileOutputs * w.row_bytes);  // the tile after the next
-      }
+      for (int i = 0; i < kTileOutputs; i++) p[i] = decoder.block(codes[i], b, copies[i]);
       int64_t row = 0;
       if constexpr (kTileRows >= 4)
         for (; row + 4 <= a.rows; row += 4) rows_of_block<4>(p, scale, zero_point, b, row, chunk_row);

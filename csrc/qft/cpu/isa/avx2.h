@@ -12,6 +12,9 @@ constexpr int kTileOutputs = 1;  // outputs and rows of x that a matmul tile kee
 constexpr int kTileRows = 2;
 constexpr int kCandidates = 2;  // scales that a search tries at a time
 constexpr int kUnroll = 8;
+constexpr bool kHalfTables = false;  // whether tables of 16-bit weights can be looked up
+template <int bits>
+struct HalfTable;
 
 struct Vec {
   __m256 low, high;
@@ -149,6 +152,11 @@ struct Table {
     above = _mm256_loadu_ps(repeated + 8);
   }
   Vec operator[](Codes code) const { return {look_up(code.low), look_up(code.high)}; }
+
+  void set_weights(const Table& levels, Vec scale, Vec zero_point) {
+    below = _mm256_mul_ps(_mm256_sub_ps(levels.below, zero_point.low), scale.low);
+    above = _mm256_mul_ps(_mm256_sub_ps(levels.above, zero_point.low), scale.low);
+  }
 
  private:
   __m256 look_up(__m256i code) const {

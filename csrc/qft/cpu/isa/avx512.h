@@ -101,6 +101,10 @@ struct Table {
     entry = load(repeated);
   }
   Vec operator[](Codes code) const { return _mm512_permutexvar_ps(code, entry); }
+
+  void set_weights(const Table& levels, Vec scale, Vec zero_point) {
+    entry = _mm512_mul_ps(_mm512_sub_ps(levels.entry, zero_point), scale);
+  }
 };
 
 struct LaneScales {
@@ -137,17 +141,47 @@ static inline Vec load_bf16(const uint16_t* p) {
 static inline Vec load_f16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-static inline void store_bf16(uint16_t* p, Vec a) {
+static inline __m256i narrow_bf16(Vec a) {
   const __m512i bits = _mm512_castps_si512(a);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded =
       _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
   const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
   const __m512i half = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), quiet);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(half));
+  return _mm512_cvtepi32_epi16(half);
 }
-static inline void store_f16(uint16_t* p, Vec a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+static inline __m256i narrow_f16(Vec a) { return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline void store_bf16(uint16_t* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(a));
+}
+static inline void store_f16(uint16_t* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_f16(a)); }
+
+// Weights of 16 bits, 32 a register: a table of them is looked up by vpermw, which reads the low five bits of an index.
+constexpr bool kHalfTables = true;
+
+template <int bits>
+struct HalfTable {
+  __m512i entry;
+  void set(const Table<bits>& weights, bool bf16) {
+    const __m256i once = bf16 ? narrow_bf16(weights.entry) : narrow_f16(weights.entry);
+    entry = _mm512_inserti64x4(_mm512_castsi256_si512(once), once, 1);
+  }
+  // the weights of codes 32 i + l of words that hold 8 codes each
+  template <int stride>
+  __m512i in_order(Codes words, int i) const {
+    alignas(64) uint16_t half[32], shift[32];
+    for (int l = 0; l < 32; l++) {
+      const int bit = stride * (l % 8);
+      half[l] = static_cast<uint16_t>(2 * (4 * i + l / 8) + bit / 16);
+      shift[l] = static_cast<uint16_t>(bit % 16);
+    }
+    const __m512i codes =
+        _mm512_srlv_epi16(_mm512_permutexvar_epi16(_mm512_load_si512(half), words), _mm512_load_si512(shift));
+    return _mm512_permutexvar_epi16(codes, entry);
+  }
+};
+static inline void store_halves(uint16_t* p, __m512i a, bool past_caches) {
+  past_caches ? _mm512_stream_si512(reinterpret_cast<__m512i*>(p), a) : _mm512_storeu_si512(p, a);
 }
 
 }  // namespace qft::avx512

@@ -11,8 +11,11 @@ namespace qft::scalar {
 
 constexpr int kTileOutputs = 1;  // outputs and rows of x of a matmul tile
 constexpr int kTileRows = 1;
-constexpr int kCandidates = 1;  // scales that a search tries at a time
-constexpr int kUnroll = 1;      // of the 8 vectors of a block: where registers hold them
+constexpr int kCandidates = 1;       // scales that a search tries at a time
+constexpr int kUnroll = 1;           // of the 8 vectors of a block: where registers hold them
+constexpr bool kHalfTables = false;  // whether tables of 16-bit weights can be looked up
+template <int bits>
+struct HalfTable;
 
 struct Vec {
   float lane[16];
@@ -165,6 +168,9 @@ struct Table {
     Vec r;
     QFT_LANES r.lane[l] = entry[code.lane[l] & ((1 << bits) - 1)];
     return r;
+  }
+  void set_weights(const Table& levels, Vec scale, Vec zero_point) {
+    QFT_LANES entry[l] = (levels.entry[l] - zero_point.lane[0]) * scale.lane[0];
   }
 };
 
