@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -25,9 +25,9 @@ def dynamic_map() -> Tensor:
     return torch.cat([-means, means, torch.tensor([0.0, 1.0])]).sort().values
 
 
-@lru_cache(maxsize=16)
+@cache
 def dynamic_map_on(device: torch.device) -> Tensor:
-    """The map on a device. Kept: a copy from the host may not be part of a CUDA graph."""
+    """The map on a device. Kept: kernels hold its address, and a copy from the host may not be part of a CUDA graph."""
     return dynamic_map().to(device)
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import native, reference
 from .compiler.emit import CPU_FLAGS, generic_code, table_code
@@ -214,14 +216,19 @@ def _compile_for_cpu(fmt: Format) -> None:
     wanted = [isa for isa in native.instruction_sets() if (fmt.code, isa) not in native.tables()]
     if wanted and not _is_built(fmt):
         for library in build(dict.fromkeys(wanted, fmt.code)):
-            native.load(str(library))
+            _load(library)
 
 
 def _compile_for_gpu(fmt: Format, capability: tuple[int, int]) -> None:
     # Hopper's own instructions need the name with an a
     name = f"{capability[0]}{capability[1]}{'a' if capability == (9, 0) else ''}"
     (library,) = build({"cuda": table_code(fmt, "cuda")}, name)
-    native.load(str(library), f"sm_{name}")
+    _load(library, f"sm_{name}")
+
+
+def _load(library: Path, target: str = "") -> None:
+    native.load(str(library), target)
+    _chosen.cache_clear()  # it may serve better what something else was chosen for
 
 
 def compile(fmt: Format | str) -> list[str]:
@@ -293,12 +300,27 @@ def choose(problem: Problem, name: str | None = None) -> Choice:
     raise ValueError(f"there is no kernel {name!r} for {problem.verb}; use one of {names}")
 
 
-def _select(verb: str, q: QuantTensor, dtype: torch.dtype, rows: int = 0, name: str | None = None) -> str:
-    kernel = choose(Problem(verb, q.format, str(q.weight.device), dtype, rows), name).kernel.name
-    if kernel == "reference" and name is None:
+Selection = tuple[str, tuple[str, str] | None]  # a row's name; its (code, instruction set) where it is compiled
+
+
+@lru_cache(maxsize=4096)
+def _chosen(
+    verb: str, fmt: Format, device: torch.device, dtype: torch.dtype, rows: int, name: str | None, no_threads: bool
+) -> Selection:
+    """What `choose` answers, remembered: asking the table takes longer than a small product.
+
+    `no_threads` is part of the question, as a fork changes the answer. `_chosen.cache_clear()` forgets them all.
+    """
+    kernel = choose(Problem(verb, fmt, str(device), dtype, rows), name).kernel.name
+    return kernel, None if kernel in ("panel", "reference") else _table_of(fmt, kernel)
+
+
+def _select(verb: str, q: QuantTensor, dtype: torch.dtype, rows: int = 0, name: str | None = None) -> Selection:
+    selection = _chosen(verb, q.format, q.weight.device, dtype, rows, name, _no_thread_pool())
+    if selection[0] == "reference" and name is None:
         where = f"{q.weight.device} in {dtype}"
         say_once(f"{verb} of {q.format} on {where} uses the reference: no compiled kernel takes it")
-    return kernel
+    return selection
 
 
 def _check_operand(operand: Tensor, q: QuantTensor, width: int, name: str) -> None:
@@ -343,36 +365,44 @@ def quantize(
     return reference.pack(codes, fmt), scales.to(scale_dtype), zeros, -1
 
 
-def dequantize(q: QuantTensor, dtype: torch.dtype = torch.float32, kernel: str | None = None) -> Tensor:
-    """Dense weight `[out, in]`: fp32 level x scale, rounded once to `dtype`."""
-    name = _select("dequantize", q, dtype, name=kernel)
-    if name == "reference":
-        return reference.dequantize(q.unpack(), q.scales, q.zeros, q.format, dtype)
-    out = torch.empty(q.shape, dtype=dtype, device=q.weight.device)
-    native.dequantize(q, out, (0, q.shape[0]), (0, q.shape[1]), *_table_of(q.format, name))
+def dequantize(
+    q: QuantTensor, dtype: torch.dtype = torch.float32, kernel: str | None = None, out: Tensor | None = None
+) -> Tensor:
+    """Dense weight `[out, in]`: fp32 level x scale, rounded once to `dtype`; written into `out` where that is given."""
+    _, table = _select("dequantize", q, dtype, name=kernel)
+    if out is not None:
+        native.check(out, q.shape, dtype, "out", q.weight.device)
+    if table is None:
+        dense = reference.dequantize(q.unpack(), q.scales, q.zeros, q.format, dtype)
+        return dense if out is None else out.copy_(dense)
+    if out is None:
+        out = torch.empty(q.shape, dtype=dtype, device=q.weight.device)
+    else:
+        increment_version(out)  # what autograd may have kept of it is overwritten
+    native.dequantize(q, out, (0, q.shape[0]), (0, q.shape[1]), *table)
     return out
 
 
 def matmul(x: Tensor, q: QuantTensor, kernel: str | None = None) -> Tensor:
     """y = x Wt: `[rows, out]` in x's dtype, for x `[rows, in]`."""
     _check_operand(x, q, q.shape[1], "x")
-    name = _select("matmul", q, x.dtype, x.shape[0], kernel)
-    if name == "reference":
-        return reference.matmul(x, dequantize(q, x.dtype, "reference"))
+    name, table = _select("matmul", q, x.dtype, x.shape[0], kernel)
+    if table is not None:
+        return native.matmul(x.contiguous(), q, *table, PAIR_TABLE_ROWS)
     if name == "panel":
         return _panel_matmul(x.contiguous(), q)
-    return native.matmul(x.contiguous(), q, *_table_of(q.format, name), PAIR_TABLE_ROWS)
+    return reference.matmul(x, dequantize(q, x.dtype, "reference"))
 
 
 def matmul_t(dy: Tensor, q: QuantTensor, kernel: str | None = None) -> Tensor:
     """dx = dy W: `[rows, in]` in dy's dtype, for dy `[rows, out]`."""
     _check_operand(dy, q, q.shape[0], "dy")
-    name = _select("matmul_t", q, dy.dtype, dy.shape[0], kernel)
-    if name == "reference":
-        return reference.matmul_t(dy, dequantize(q, dy.dtype, "reference"))
+    name, table = _select("matmul_t", q, dy.dtype, dy.shape[0], kernel)
+    if table is not None:
+        return native.matmul_t(dy.contiguous(), q, *table)
     if name == "panel":
         return _panel_matmul_t(dy.contiguous(), q)
-    return native.matmul_t(dy.contiguous(), q, *_table_of(q.format, name))
+    return reference.matmul_t(dy, dequantize(q, dy.dtype, "reference"))
 
 
 def scale_grad(dy: Tensor, x: Tensor, q: QuantTensor, kernel: str | None = None) -> Tensor:
@@ -382,7 +412,7 @@ def scale_grad(dy: Tensor, x: Tensor, q: QuantTensor, kernel: str | None = None)
     if dy.shape[0] != x.shape[0] or dy.dtype != x.dtype:
         rows = f"{dy.shape[0]} rows of {dy.dtype} and x {x.shape[0]} of {x.dtype}"
         raise ValueError(f"dy has {rows}; they must be the same")
-    name = _select("scale_grad", q, x.dtype, x.shape[0], kernel)
+    name, _ = _select("scale_grad", q, x.dtype, x.shape[0], kernel)
     if name == "reference":
         return reference.scale_grad(dy, x, q.unpack(), q.zeros, q.format)
     return _panel_scale_grad(dy.contiguous(), x.contiguous(), q)
@@ -394,10 +424,10 @@ def channel_scale_grad(dy: Tensor, x: Tensor, y: Tensor, q: QuantTensor) -> Tens
     ds = sum over rows of dy * y / s (PEQA, section 3, with y / s for the unscaled product); where s is 0, which hides
     the product, the sum is taken in full. Nothing waits for the device.
     """
-    name = choose(Problem("dequantize", q.format, str(dy.device), dy.dtype)).kernel.name
-    if name == "reference":
+    _, table = _chosen("dequantize", q.format, dy.device, dy.dtype, 0, None, _no_thread_pool())
+    if table is None:
         return scale_grad(dy, x, q)
-    table, dy = _table_of(q.format, name), dy.contiguous()
+    dy = dy.contiguous()
     scales = q.scales[:, 0]
     ds = torch.where(scales == 0, 0, native.dot_columns(dy, y.contiguous(), q, *table) / scales)
     native.zero_scale_grad(dy, x.contiguous(), q, ds, *table)
@@ -406,7 +436,8 @@ def channel_scale_grad(dy: Tensor, x: Tensor, y: Tensor, q: QuantTensor) -> Tens
 
 def _elementwise(q: QuantTensor) -> tuple[str, str]:
     """The kernel that fills panels: the one dequantize would take."""
-    return _table_of(q.format, choose(Problem("dequantize", q.format, str(q.weight.device), torch.float32)).kernel.name)
+    name, _ = _chosen("dequantize", q.format, q.weight.device, torch.float32, 0, None, _no_thread_pool())
+    return _table_of(q.format, name)
 
 
 def _panels(total: int, bytes_each: int, multiple: int, device: str) -> list[tuple[int, int]]:

@@ -1,17 +1,19 @@
 """The one doorway to compiled kernels: checks device, dtype, contiguity and shape, then passes raw pointers.
 
-Nothing here chooses a kernel (`kernels.py` does) and nothing behind it knows torch.
+Nothing here chooses a kernel (`kernels.py` does) and nothing behind it knows torch. Tensors are checked at every call;
+what follows from numbers alone (a layout, a `_native.Weight` of these addresses) is remembered.
 """
 
 from __future__ import annotations
 
 import os
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from .double_quant import dynamic_map_on
 from .format import DQ_BLOCK, ZERO_DTYPE, Format
@@ -32,6 +34,7 @@ SCALES = {name: getattr(_native.Scale, name) for name in ("f32", "f16", "bf16", 
 ZEROS = {scale: getattr(_native.Dtype, dtype) for scale, dtype in ZERO_DTYPE.items()}
 BLOCK: int = _native.BLOCK  # codes a kernel decodes at a time; column ranges start on a multiple of it
 
+_CPU = torch.device("cpu")
 _ALL_FINITE = torch.iinfo(torch.int64).max  # what quantize writes where no weight is bad
 
 _forked = False
@@ -58,11 +61,16 @@ def threads() -> int:
     return 1 if _forked else torch.get_num_threads()
 
 
+@lru_cache(maxsize=256)
+def _place_of(threads: int, device: int, stream: int) -> Any:
+    return _native.Place(threads=threads, device=device, stream=stream)
+
+
 def _place(device: torch.device) -> Any:
     """Where a verb runs: torch's threads, or torch's current stream on a CUDA device."""
-    if device.type == "cpu":
-        return _native.Place(threads=threads(), device=0, stream=0)
-    return _native.Place(threads=0, device=device.index, stream=torch.cuda.current_stream(device).cuda_stream)
+    if device == _CPU:
+        return _place_of(threads(), 0, 0)
+    return _place_of(0, device.index, torch.cuda.current_stream(device).cuda_stream)
 
 
 @lru_cache(maxsize=1)
@@ -112,9 +120,14 @@ def load(path: str, target: str = "") -> None:
     tables()[kernels.code, kernels.isa] = kernels
 
 
-@lru_cache(maxsize=64)
+def _scratch(floats: int, device: torch.device) -> Tensor | None:
+    return torch.empty(floats, dtype=torch.float32, device=device) if floats else None
+
+
+@cache
 def _levels(fmt: Format) -> Tensor:
-    """Levels by code, fp32 `[2^bits]` (up to 16; 8-bit kernels read none), in host memory whatever the device."""
+    """Levels by code, fp32 `[2^bits]` (up to 16; 8-bit kernels read none), in host memory whatever the device. Kept:
+    kernels hold their address."""
     count = 1 << min(fmt.bits, 4)
     return torch.tensor((fmt.levels + (0.0,) * count)[:count], dtype=torch.float32)
 
@@ -131,9 +144,9 @@ def check(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, nam
         raise ValueError(f"{name} is missing; this format needs it with shape {shape} and {dtype}")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, but this kernel runs on {device}; move it with .to({device})")
-    if tensor.dtype != dtype:
+    if tensor.dtype is not dtype:
         raise TypeError(f"{name} is {tensor.dtype}, expected {dtype}; convert it with .to({dtype})")
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} is not contiguous; pass {name}.contiguous()")
@@ -144,44 +157,78 @@ def check(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, nam
 
 def _device(isa: str, tensor: Tensor) -> torch.device:
     """Where the tensors of a call must lie: on the CPU, or on the CUDA device that `tensor` is on."""
-    kind = "cuda" if isa == "cuda" else "cpu"
-    return tensor.device if tensor.device.type == kind else torch.device(kind)
+    if isa == "cuda":
+        return tensor.device if tensor.is_cuda else torch.device("cuda")
+    return _CPU
 
 
-def _run(verb: str, table: tuple[str, str], fmt: Format, shape: tuple[int, ...], **arguments: Any) -> None:
-    """Call one verb of a kernel table. OSError: CUDA refused it; the message names verb, format and shape."""
+def _run(verb: str, table: tuple[str, str], fmt: Format, shape: tuple[int, ...], *fields: Any, **named: Any) -> None:
+    """Call one verb of a kernel table with the fields of its argument struct (csrc/qft/launch.h), in their order or by
+    name, which takes longer. OSError: CUDA refused it; the message names verb, format and shape."""
+    call = getattr(tables()[table], verb)
     try:
-        getattr(tables()[table], verb)(**arguments)
+        if torch.autograd._profiler_enabled():
+            with record_function(f"qft {verb} {fmt} {table[1]}"):
+                call(*fields, **named)
+        else:
+            call(*fields, **named)
     except RuntimeError as error:
         raise OSError(f"{verb} of {fmt} {tuple(shape)} on {table[1]} failed: {error}") from error
 
 
-def _weight(q: QuantTensor, device: torch.device) -> Any:
-    fmt, (out, in_features) = q.format, q.shape
-    groups = fmt.groups(in_features)
-    scale_dtype = torch.uint8 if fmt.scale == "dq" else TORCH_DTYPE[fmt.scale]
-    zero_dtype = TORCH_DTYPE[ZERO_DTYPE[fmt.scale]]
-    dq, blocks = fmt.scale == "dq", -(-out * groups // DQ_BLOCK)
+@lru_cache(maxsize=4096)
+def _layout(fmt: Format, shape: tuple[int, int]) -> list[tuple[int, str, tuple[int, ...], torch.dtype]]:
+    """Of each tensor that such a weight is stored as: its place in `tensor.STORED`, name, shape and dtype."""
+    out, in_features = shape
+    dq, groups = fmt.scale == "dq", fmt.groups(in_features)
+    stored: list[tuple[int, str, tuple[int, ...], torch.dtype]] = [
+        (0, "weight", (out, fmt.row_bytes(in_features)), torch.uint8),
+        (1, "weight_scales", (out, groups), torch.uint8 if dq else TORCH_DTYPE[fmt.scale]),
+    ]
+    if fmt.zero:
+        stored.append((2, "weight_zeros", (out, groups), TORCH_DTYPE[ZERO_DTYPE[fmt.scale]]))
+    if dq:
+        stored.append((3, "weight_scales_absmax", (-(-out * groups // DQ_BLOCK),), torch.float32))
+        stored.append((4, "weight_scales_offset", (1,), torch.float32))
+    return stored
 
-    def stored(name: str, shape: tuple[int, ...], dtype: torch.dtype, present: bool = True) -> int:
-        return check(getattr(q, name), shape, dtype, name, device) if present else 0
 
+@lru_cache(maxsize=1 << 14)
+def _weight_at(
+    fmt: Format,
+    shape: tuple[int, int],
+    device: torch.device,
+    codes: int,
+    scales: int,
+    zeros: int,
+    absmax: int,
+    offset: int,
+) -> Any:
+    """What kernels read of a weight whose stored tensors lie at these addresses, 0 for those it has not."""
+    out, in_features = shape
     return _native.Weight(
-        codes=stored("weight", (out, fmt.row_bytes(in_features)), torch.uint8),
-        scales=stored("weight_scales", (out, groups), scale_dtype),
-        zeros=stored("weight_zeros", (out, groups), zero_dtype, fmt.zero),
-        absmax=stored("weight_scales_absmax", (blocks,), torch.float32, dq),
-        offset=stored("weight_scales_offset", (1,), torch.float32, dq),
-        dynamic_map=dynamic_map_on(device).data_ptr() if dq else 0,
+        codes=codes,
+        scales=scales,
+        zeros=zeros,
+        absmax=absmax,
+        offset=offset,
+        dynamic_map=dynamic_map_on(device).data_ptr() if fmt.scale == "dq" else 0,
         levels=_levels(fmt).data_ptr(),
         out=out,
         in_=in_features,
-        row_bytes=q.weight.shape[1],
+        row_bytes=fmt.row_bytes(in_features),
         group=fmt.group_size(in_features),
-        groups=groups,
+        groups=fmt.groups(in_features),
         scale_kind=SCALES[fmt.scale],
         zero_kind=ZEROS[fmt.scale],
     )
+
+
+def _weight(q: QuantTensor, device: torch.device) -> Any:
+    addresses = [0, 0, 0, 0, 0]
+    for at, name, shape, dtype in _layout(q.format, q.shape):
+        addresses[at] = check(getattr(q, name), shape, dtype, name, device)
+    return _weight_at(q.format, q.shape, device, *addresses)
 
 
 def quantize(
@@ -240,15 +287,13 @@ def dequantize(
         (code, isa),
         q.format,
         q.shape,
-        weight=_weight(q, device),
-        row0=rows[0],
-        row1=rows[1],
-        col0=columns[0],
-        col1=columns[1],
-        out=check(out, shape, out.dtype, "out", device),
-        stride=shape[1],
-        dtype=DTYPES[out.dtype],
-        place=_place(device),
+        _weight(q, device),
+        *rows,
+        *columns,
+        check(out, shape, out.dtype, "out", device),
+        shape[1],
+        DTYPES[out.dtype],
+        _place(device),
     )
 
 
@@ -259,21 +304,21 @@ def matmul(x: Tensor, q: QuantTensor, code: str, isa: str, pair_table_rows: int 
     y = torch.empty(rows, out, dtype=x.dtype, device=device)
     if not rows:
         return y
-    floats = tables()[code, isa].matmul_workspace(out=out, in_=in_features, rows=rows, device=device.index or 0)
-    workspace = torch.empty(floats, device=device)
+    floats = tables()[code, isa].matmul_workspace(out, in_features, rows, device.index or 0)
+    workspace = _scratch(floats, device)
     _run(
         "matmul",
         (code, isa),
         q.format,
         q.shape,
-        weight=_weight(q, device),
-        x=check(x, (rows, in_features), x.dtype, "x", device),
-        y=y.data_ptr(),
-        rows=rows,
-        dtype=DTYPES[x.dtype],
-        workspace=workspace.data_ptr(),
-        pair_table_rows=pair_table_rows,
-        place=_place(device),
+        _weight(q, device),
+        check(x, (rows, in_features), x.dtype, "x", device),
+        y.data_ptr(),
+        rows,
+        DTYPES[x.dtype],
+        0 if workspace is None else workspace.data_ptr(),
+        pair_table_rows,
+        _place(device),
     )
     return y
 
@@ -289,12 +334,12 @@ def matmul_t(dy: Tensor, q: QuantTensor, code: str, isa: str) -> Tensor:
         (code, isa),
         q.format,
         q.shape,
-        weight=_weight(q, device),
-        dy=check(dy, (rows, out), dy.dtype, "dy", device),
-        dx=dx.data_ptr(),
-        rows=rows,
-        dtype=DTYPES[dy.dtype],
-        place=_place(device),
+        _weight(q, device),
+        check(dy, (rows, out), dy.dtype, "dy", device),
+        dx.data_ptr(),
+        rows,
+        DTYPES[dy.dtype],
+        _place(device),
     )
     return dx
 
@@ -307,35 +352,34 @@ def scale_grad(dw: Tensor, q: QuantTensor, rows: tuple[int, int], ds: Tensor, co
         (code, isa),
         q.format,
         q.shape,
-        weight=_weight(q, device),
-        row0=rows[0],
-        row1=rows[1],
-        dw=check(dw, (count, in_features), dw.dtype, "dw", device),
-        dtype=DTYPES[dw.dtype],
-        ds=check(ds, (count, q.format.groups(in_features)), torch.float32, "ds", device),
-        place=_place(device),
+        _weight(q, device),
+        *rows,
+        check(dw, (count, in_features), dw.dtype, "dw", device),
+        DTYPES[dw.dtype],
+        check(ds, (count, q.format.groups(in_features)), torch.float32, "ds", device),
+        _place(device),
     )
 
 
 def dot_columns(a: Tensor, b: Tensor, q: QuantTensor, code: str, isa: str) -> Tensor:
     """Sum over the rows of a * b, fp32 `[columns]`, for a and b `[rows, columns]` of one dtype."""
     device, (rows, columns) = _device(isa, a), a.shape
-    total = torch.empty(columns, device=device)
-    floats = tables()[code, isa].dot_columns_workspace(rows=rows, columns=columns, device=device.index or 0)
-    workspace = torch.empty(floats, device=device)
+    total = torch.empty(columns, dtype=torch.float32, device=device)
+    floats = tables()[code, isa].dot_columns_workspace(rows, columns, device.index or 0)
+    workspace = _scratch(floats, device)
     _run(
         "dot_columns",
         (code, isa),
         q.format,
         q.shape,
-        a=check(a, (rows, columns), a.dtype, "a", device),
-        b=check(b, (rows, columns), a.dtype, "b", device),
-        rows=rows,
-        columns=columns,
-        dtype=DTYPES[a.dtype],
-        total=total.data_ptr(),
-        workspace=workspace.data_ptr(),
-        place=_place(device),
+        check(a, (rows, columns), a.dtype, "a", device),
+        check(b, (rows, columns), a.dtype, "b", device),
+        rows,
+        columns,
+        DTYPES[a.dtype],
+        total.data_ptr(),
+        0 if workspace is None else workspace.data_ptr(),
+        _place(device),
     )
     return total
 
@@ -348,11 +392,11 @@ def zero_scale_grad(dy: Tensor, x: Tensor, q: QuantTensor, ds: Tensor, code: str
         (code, isa),
         q.format,
         q.shape,
-        weight=_weight(q, device),
-        dy=check(dy, (rows, out), dy.dtype, "dy", device),
-        x=check(x, (rows, in_features), dy.dtype, "x", device),
-        rows=rows,
-        dtype=DTYPES[dy.dtype],
-        ds=check(ds, (out,), torch.float32, "ds", device),
-        place=_place(device),
+        _weight(q, device),
+        check(dy, (rows, out), dy.dtype, "dy", device),
+        check(x, (rows, in_features), dy.dtype, "x", device),
+        rows,
+        DTYPES[dy.dtype],
+        check(ds, (out,), torch.float32, "ds", device),
+        _place(device),
     )

@@ -85,7 +85,7 @@ class QuantStack:
         """Dense weights `[count, out, in]`: fp32 level x scale, rounded once to `dtype` (fp32 where None)."""
         dense = torch.empty(self.shape, dtype=dtype or torch.float32, device=self.weight.device)
         for at, q in enumerate(self.matrices()):
-            dense[at] = q.dequantize(dtype)
+            q.dequantize(out=dense[at])
         return dense
 
     def with_scales(self, scales: Tensor, scale: str = "f32") -> QuantStack:

@@ -37,6 +37,17 @@ class QuantTensor:
     weight_scales_offset: Tensor | None = None
 
     @property
+    def stored(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The stored tensors in the order of `STORED`."""
+        return (
+            self.weight,
+            self.weight_scales,
+            self.weight_zeros,
+            self.weight_scales_absmax,
+            self.weight_scales_offset,
+        )
+
+    @property
     def codes(self) -> Tensor:
         """Packed codes, uint8 `[out, row_bytes]`."""
         return self.weight
@@ -105,9 +116,19 @@ class QuantTensor:
         """Level index of each weight, uint8 `[out, in]`."""
         return reference.unpack(self.weight, self.format, self.shape[1])
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Dense weight `[out, in]`: fp32 level x scale, rounded once to `dtype` (fp32 where None)."""
-        return kernels.dequantize(self, dtype or torch.float32)
+    def dequantize(self, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
+        """Dense weight `[out, in]`: fp32 level x scale, rounded once.
+
+        Args:
+            dtype: of the result; None is that of `out`, and fp32 without one.
+            out: contiguous `[out, in]`, on the weight's device, to be written and returned: memory that was written
+                before costs less than fresh memory.
+
+        Raises:
+            TypeError: `out` has another dtype than `dtype`.
+            ValueError: `out` has another shape, is elsewhere, or is not contiguous.
+        """
+        return kernels.dequantize(self, dtype or (torch.float32 if out is None else out.dtype), out=out)
 
     def with_scales(self, scales: Tensor, scale: str = "f32") -> QuantTensor:
         """The same codes under other scales `[out, groups]`, stored as `scale` (f32, f16, bf16 or dq).

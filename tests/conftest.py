@@ -25,6 +25,16 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def fresh_choice():
+    """For tests that change the table of kernels: what was chosen is forgotten before, after, and at each call."""
+    from qft import kernels
+
+    kernels._chosen.cache_clear()
+    yield kernels._chosen.cache_clear
+    kernels._chosen.cache_clear()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def two_threads():
     """Most tensors here are tiny: more threads than the smallest machine has only wait for each other."""

@@ -19,7 +19,7 @@ def libraries():
 
 
 @pytest.fixture
-def emulated_gpu(libraries, monkeypatch):
+def emulated_gpu(libraries, monkeypatch, fresh_choice):
     """The table's GPU rows serve tensors of the CPU: what they launch, the emulator runs and checks."""
     tables = dict(native.tables())
     for code, library in libraries.items():
@@ -28,6 +28,7 @@ def emulated_gpu(libraries, monkeypatch):
     monkeypatch.setattr(native, "tables", lambda: tables)
     monkeypatch.setattr(native, "_device", lambda isa, tensor: tensor.device)
     monkeypatch.setattr(kernels, "_not_on_cuda", lambda problem: kernels._other_dtype(problem))
+    fresh_choice()  # the fixture may come in the middle of a test
     return tables
 
 

@@ -17,10 +17,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import qft
-from qft import kernels, ops
+from qft import kernels
 from qft.format import Format, FormatError
 from qft.nn.linear import QuantLinear
 from qft.reference import per_weight
+from qft.tensor import STORED
 
 ABOVE = max(kernels.PANEL_ROWS["cpu"].values()) + 1  # rows for which every dtype takes panel products
 
@@ -628,6 +629,6 @@ def test_a_real_layer_stores_what_its_format_says() -> None:
     stored = sum(tensor.nbytes for tensor in layer.state_dict().values()) - layer.weight_format.nbytes
     assert stored == layer.quant_tensor.nbytes
     assert stored * 8 / math.prod(REAL) == pytest.approx(4.127, rel=0.01)
-    assert [name for name in ops.STORED if getattr(layer, name) is not None] == [
+    assert [name for name in STORED if getattr(layer, name) is not None] == [
         "weight", "weight_scales", "weight_scales_absmax", "weight_scales_offset",
     ]  # fmt: skip

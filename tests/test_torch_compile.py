@@ -123,9 +123,10 @@ def test_a_block_is_one_graph_with_the_eager_results(make, fmt, amp):
     assert all(tensor.abs().max() > 0 for tensor in wanted)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(block.module, fullgraph=True, backend=counter)
+    exact = make not in (shared_lora, own_lora)  # outside a graph one sums in another order, one rounds less often
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(2):  # the second step finds the graph of the first
-            close(block.step(compiled), wanted, amp, exact=make is not shared_lora)  # which sums in another order
+            close(block.step(compiled), wanted, amp, exact)
     assert counter.frame_count == 1
     verbs = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes if "qft" in str(node.target)]
     assert sum("matmul" in verb for verb in verbs) >= 7

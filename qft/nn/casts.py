@@ -7,11 +7,22 @@ from typing import TypeVar
 
 import torch
 
-from ..format import ZERO_DTYPE
+from ..format import SCALE_BITS, ZERO_DTYPE
 from ..notices import say_once
 from ..reference import TORCH_DTYPE
 from ..stack import QuantStack
 from ..tensor import QuantTensor
+
+# Of a weight's companions, by how its scales are stored.
+_DTYPES = {
+    scale: {
+        "weight_scales": TORCH_DTYPE.get(scale, torch.uint8),
+        "weight_zeros": TORCH_DTYPE[ZERO_DTYPE[scale]],
+        "weight_scales_absmax": torch.float32,
+        "weight_scales_offset": torch.float32,
+    }
+    for scale in SCALE_BITS
+}
 
 Q = TypeVar("Q", bound=QuantTensor | QuantStack)
 
@@ -22,14 +33,8 @@ def in_stored_dtypes(q: Q) -> Q:
     They arrive in others where FSDP2 gathers them under `MixedPrecisionPolicy(param_dtype=...)`. That the values were
     rounded is said once; in a compiled graph it is not.
     """
-    scale = q.format.scale
-    dtypes = {
-        "weight_scales": TORCH_DTYPE.get(scale, torch.uint8),
-        "weight_zeros": TORCH_DTYPE[ZERO_DTYPE[scale]],
-        "weight_scales_absmax": torch.float32,
-        "weight_scales_offset": torch.float32,
-    }
-    cast = {name: t for name in dtypes if (t := getattr(q, name)) is not None and t.dtype != dtypes[name]}
+    dtypes = _DTYPES[q.format.scale]
+    cast = {n: t for n, dtype in dtypes.items() if (t := getattr(q, n)) is not None and t.dtype != dtype}
     if not cast:
         return q
     name, tensor = next(iter(cast.items()))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import kernels, ops
 from ..format import INTEGERS, Format, FormatError
 from ..tensor import STORED, QuantTensor, quantize
+from . import fused_lora
 from .casts import in_stored_dtypes
 from .packed import Packed, empty, under_autocast
 
@@ -93,9 +94,9 @@ class QuantLinear(Packed, nn.Linear):
         """Replace the stored weight, its format included; what trained before does not train any more."""
         self.set_packed({"weight": q})
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Dense weight `[out, in]`: fp32 level x scale, rounded once to `dtype` (fp32 where None), without LoRA."""
-        return self.quant_tensor.dequantize(dtype)
+    def dequantize(self, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
+        """Dense weight `[out, in]`, without LoRA, as `QuantTensor.dequantize` gives it."""
+        return self.quant_tensor.dequantize(dtype, out=out)
 
     # -------------------------------------------------------------------------------------------------- LoRA
 
@@ -179,15 +180,27 @@ class QuantLinear(Packed, nn.Linear):
             ValueError: x's last dimension is not in_features, or x and the weight are on different devices.
         """
         given, x = x, self._activations(x)
+        if (a := self.lora_A) is None or (b := self.lora_B) is None or self.lora_aside:
+            return self._base(x)
+        if self._is_plain_lora() and fused_lora.serves(x, q := self.quant_tensor, bias := self.bias, a, b):
+            return fused_lora.product(x, q, bias, a, b, self.lora_scaling)
+        if x.dim() == 2:
+            return self._add_lora(self._base(x), x, a, b, given)
         flat = x.reshape(-1, self.in_features)
-        y = ops.matmul(flat, self.quant_tensor)
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)
-        if self.lora_A is not None and self.lora_B is not None and not self.lora_aside:
-            y = self._add_lora(y, flat, self.lora_A, self.lora_B, given)
+        y = self._add_lora(self._base(flat), flat, a, b, given)
         shape = (*x.shape[:-1], self.out_features)
         # no view, as nn.Linear's output is none: FSDP2 cannot see what is done in place to one, and warns
         return y.view(shape) if self._keeps_output() else torch.ops.aten._unsafe_view(y, shape)
+
+    def _is_plain_lora(self) -> bool:
+        """Whether nothing stands between x and lora_A."""
+        dropout = self._modules["lora_dropout"]
+        return self.shared_input is None and not self.lora_pooled and type(dropout) is nn.Identity
+
+    def _base(self, x: Tensor) -> Tensor:
+        """x Wt + bias."""
+        y, bias = ops.matmul(x, self.quant_tensor), self.bias
+        return y if bias is None else y + bias.to(y.dtype)
 
     def _add_lora(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, given: Tensor) -> Tensor:
         """y + scaling * (dropout(x) At) Bt: summed by the product itself, without a pass over y of its own."""
@@ -198,10 +211,10 @@ class QuantLinear(Packed, nn.Linear):
             x = self._pool(x)
         if low is None:
             low = nn.functional.linear(x, a.to(dtype))
-        b = (b * self.lora_scaling).to(dtype)
         if dtype != y.dtype:
-            return y + nn.functional.linear(low, b).to(y.dtype)
-        return torch.addmm(y, low, b.T) if self._keeps_output() else y.addmm_(low, b.T)
+            return y + (nn.functional.linear(low, b.to(dtype)) * self.lora_scaling).to(y.dtype)
+        b, scaling = b.to(dtype).T, self.lora_scaling
+        return torch.addmm(y, low, b, alpha=scaling) if self._keeps_output() else y.addmm_(low, b, alpha=scaling)
 
     def _keeps_output(self) -> bool:
         """Whether the product's output is kept for the backward pass, so that nothing may be added to it in place."""
@@ -217,7 +230,7 @@ class QuantLinear(Packed, nn.Linear):
         """x, checked, in the dtype that the product takes it in: autocast's under autocast."""
         if x.dtype not in _ACTIVATIONS:
             raise TypeError(f"QuantLinear got {x.dtype} input; convert it with .float() or .bfloat16()")
-        if x.shape[-1:] != (self.in_features,):
+        if x.dim() < 1 or x.shape[-1] != self.in_features:
             wanted = f"its last dimension must be in_features={self.in_features}"
             raise ValueError(f"input has shape {tuple(x.shape)}; {wanted}")
         if x.device != self.device:

@@ -184,7 +184,8 @@ def empty(fmt: Format, shape: tuple[int, ...], device: torch.device | str | None
 
 def under_autocast(x: Tensor) -> Tensor:
     """x in the dtype that a product takes it in: autocast's under autocast, which leaves fp64 alone."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    device = "cpu" if x.is_cpu else x.device.type
+    available = x.is_cpu or torch.amp.is_autocast_available(device)
+    if available and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x

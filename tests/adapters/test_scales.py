@@ -17,12 +17,12 @@ from formats import FORMATS, ODD, sample
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from qft import notices, ops
+from qft import notices
 from qft.adapters.scales import load_scales, read_task, round_scales, save_scales, scales_state, train_only
 from qft.disk import tensor_file
 from qft.format import Format, FormatError
 from qft.nn.linear import FloatFacingQuantLinear, QuantLinear
-from qft.tensor import quantize
+from qft.tensor import STORED, quantize
 
 SCALES = ("f32", "f16", "bf16", "dq")
 OUT, IN = ODD
@@ -193,11 +193,11 @@ def test_a_refusal_leaves_the_model_as_it_was() -> None:
 
 def test_layers_over_one_weight_stay_over_one() -> None:
     model = nn.ModuleList([QuantLinear.from_linear(nn.Linear(64, 8), "nf4 g64 dq") for _ in range(2)])
-    for name in ops.STORED:
+    for name in STORED:
         model[1]._parameters[name] = model[0]._parameters[name]
     for change in (lambda: train_only(model, "scales"), lambda: round_scales(model)):
         change()
-        assert all(getattr(model[0], name) is getattr(model[1], name) for name in ops.STORED)
+        assert all(getattr(model[0], name) is getattr(model[1], name) for name in STORED)
         assert model[0].format == model[1].format
 
 
