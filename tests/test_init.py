@@ -429,7 +429,7 @@ def test_plain_refuses_a_negative_rank():
         plain(torch.randn(16, 64), "nf4 g64", -1)
 
 
-def test_memory_is_two_dense_matrices_beside_the_weight(python):
+def test_memory_is_two_and_a_half_dense_matrices_beside_the_weight(python):
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("needs a Linux /proc whose clear_refs can be written")
     shape, peaks = (3072, 4096), {}
@@ -452,6 +452,6 @@ loftq(w, "nf2 g64", 32, 2, order="{order}")
 print(resident("VmHWM:") - before)
 """
         peaks[order] = int(python(program)) / (4 * shape[0] * shape[1])
-    # half a matrix for two sets of packed codes, factors, float64 columns; a quarter for what allocators keep, which
-    # differs from machine to machine (2.49 to 2.52 seen); a third dense matrix would make it 3.5
-    assert max(peaks.values()) < 2.75, peaks
+    # two in fp32 and one in bf16; half a matrix for two sets of packed codes, factors, float64 columns; a quarter for
+    # what allocators keep, which differs from machine to machine (2.87 seen); a third in fp32 would make it 4
+    assert max(peaks.values()) < 3.25, peaks

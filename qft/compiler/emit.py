@@ -10,10 +10,14 @@ import struct
 
 from ..format import CODEBOOKS, INTEGERS, Format
 
+# Where kernels spell their vectors, straight-line code is not to be vectorized on top: GCC would compute the addresses of
+# a tile's rows in vector registers, where each load waits for its own, a third of the time of a product with one row.
+_VECTORS_AS_SPELLED = "-fno-tree-slp-vectorize"
+
 # What each CPU instruction set's sources are compiled with; csrc/qft/cpu/isa holds a file of vectors of the same name.
 CPU_FLAGS: dict[str, tuple[str, ...]] = {
     "scalar": (),
-    "avx2": ("-mavx2", "-mfma", "-mf16c", "-mbmi2"),
+    "avx2": ("-mavx2", "-mfma", "-mf16c", "-mbmi2", _VECTORS_AS_SPELLED),
     "avx512": (
         "-mavx512f",
         "-mavx512bw",
@@ -23,18 +27,16 @@ CPU_FLAGS: dict[str, tuple[str, ...]] = {
         "-mf16c",
         "-mbmi2",
         "-mprefer-vector-width=512",
+        _VECTORS_AS_SPELLED,
     ),
 }
 # Contraction is off so that each product rounds where the reference rounds it; fused steps are spelled in the kernels.
-# Straight-line code is not vectorized: GCC would compute the addresses of a tile's rows in vector registers, where each
-# load waits for its own, a third of the time of a product with one row.
 FLAGS = (
     "-std=c++17",
     "-O3",
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-exceptions",
-    "-fno-tree-slp-vectorize",
     "-fPIC",
     "-fopenmp",
     "-fvisibility=hidden",

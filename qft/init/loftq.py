@@ -34,7 +34,8 @@ def loftq(
     A step quantizes W − scaling · B · A and fits B · A to W − Q by a truncated SVD. The first starts from B · A = 0,
     so its codes are those of `qft.quantize`. Step 0 is quantization alone, and the step of least error is returned:
     never worse than plain. The scaling is folded into A and B, so that the error does not depend on alpha. Arithmetic
-    is fp32; beside `w` two dense fp32 matrices are held, three where `w` is not fp32 (the exact SVD takes more).
+    is fp32 but for most of a randomized SVD's products, where the processor has bf16's; beside `w` two dense fp32
+    matrices are held and one in bf16, and one more in fp32 where `w` is not (the exact SVD takes more).
 
     Args:
         w: `[out, in]`, floating, finite.

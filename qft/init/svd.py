@@ -55,9 +55,20 @@ def _leading_range(matrix: Tensor, width: int) -> Tensor:
     """
     device = matrix.device
     right = torch.randn(matrix.shape[1], width, device=device, dtype=matrix.dtype, generator=seeded(device))
-    for _ in range(POWER_STEPS):
-        right = orthonormal(matrix.T @ orthonormal(matrix @ right))
+    coarse = matrix.to(_power_dtype(device))
+    for step in range(POWER_STEPS):
+        back = matrix if step == POWER_STEPS - 1 else coarse
+        left = orthonormal((coarse @ right.to(coarse.dtype)).to(matrix.dtype))
+        right = orthonormal((back.T @ left.to(back.dtype)).to(matrix.dtype))
+    del coarse
     return orthonormal(orthonormal(matrix @ right))
+
+
+def _power_dtype(device: torch.device) -> torch.dtype:
+    """Of the products of the power steps but the very last, which mends what they round away: a processor with bf16
+    products has them five times as fast as fp32's."""
+    fast = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.bfloat16 if fast else torch.float32
 
 
 def orthonormal(columns: Tensor) -> Tensor:

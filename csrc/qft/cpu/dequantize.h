@@ -13,19 +13,21 @@ namespace qft::QFT_ISA {
 // that products read back at once, below what caches hold.
 constexpr int64_t kPastCachesBytes = 16 << 20;
 
-// The weights of a row in fp32, vector by vector.
+// Rows of W that become weights, one row after the other.
 template <class F>
-class DenseRow {
+class DenseRows {
  public:
-  DenseRow(const Decoder<F>& decoder, const Grouping& grouping, int64_t o, const float* scales, const float* zeros)
-      : decoder_(decoder),
-        grouping_(grouping),
-        codes_(decoder.row(o)),
-        scales_(scales),
-        zeros_(zeros),
-        weights_(decoder.table) {}
+  DenseRows(const Decoder<F>& decoder, const Grouping& grouping)
+      : decoder_(decoder), grouping_(grouping), weights_(decoder.table) {}
 
-  // calls put(i, weights) for the vectors i of block b, in order
+  void start(int64_t o, const float* scales, const float* zeros) {
+    codes_ = decoder_.row(o);
+    scales_ = scales;
+    zeros_ = zeros;
+    group_ = -1;
+  }
+
+  // calls put(i, weights) for the vectors i of block b, in order, in fp32
   template <class Put>
   void block(int64_t b, Put put) {
     uint8_t copy[Decoder<F>::block_bytes];
@@ -39,42 +41,53 @@ class DenseRow {
         if (zeros_) v = sub(v, broadcast(zeros_[group]));
         put(i, mul(v, broadcast(scales_[group])));
       } else {
-        enter(group);
+        if (group != group_) enter(group);
         put(i, weights_[in_order<code_stride(F::bits)>(words.low, i)]);
       }
     }
   }
 
-  // whole blocks first .. last - 1 in bf16 or fp16, put(j, weights) for 32 of them from column j on
-  template <class Put>
-  void halves(int64_t first, int64_t last, bool bf16, Put put) {
-    HalfTable<F::bits> table;
-    for (int64_t b = first; b < last; b++) {
-      uint8_t copy[Decoder<F>::block_bytes];
-      const auto words = Decoder<F>::words(decoder_.block(codes_, b, copy));
-#pragma GCC unroll 4
-      for (int sub = 0; sub < kSubs; sub++) {
-        if (enter(grouping_.of_sub(b, sub))) table.set(weights_, bf16);
-        put(b * kBlock + sub * kSub, table.template in_order<code_stride(F::bits)>(words.low, sub));
-      }
-    }
+  // whole blocks first .. last - 1 in bf16 or fp16: put(j, weights) for 32 of them from column j on
+  template <Dtype dtype, class Put>
+  void halves(int64_t first, int64_t last, Put put) {
+    grouping_.per_block == 4   ? halves_of<dtype, 4>(first, last, put)
+    : grouping_.per_block == 2 ? halves_of<dtype, 2>(first, last, put)
+                               : halves_of<dtype, 1>(first, last, put);
   }
 
  private:
   const Decoder<F>& decoder_;
   const Grouping& grouping_;
-  const uint8_t* codes_;
-  const float* scales_;
-  const float* zeros_;  // or null
+  const uint8_t* codes_ = nullptr;
+  const float* scales_ = nullptr;
+  const float* zeros_ = nullptr;  // or null
   decltype(Decoder<F>::table) weights_;
-  int64_t group_ = -1;
+  int64_t group_ = -1;  // whose weights they are
 
-  // makes weights_ those of a group; false where they are already
-  bool enter(int64_t group) {
-    if (group == group_) return false;
-    weights_.set_weights(decoder_.table, broadcast(scales_[group]), broadcast(zeros_ ? zeros_[group] : 0));
+  void enter(int64_t group) {
+    const bool shifted = F::kind == Levels::integer && zeros_;
+    weights_.set_weights(decoder_.table, broadcast(scales_[group]), broadcast(shifted ? zeros_[group] : 0));
     group_ = group;
-    return true;
+  }
+
+  template <Dtype dtype, int per_block, class Put>
+  void halves_of(int64_t first, int64_t last, Put put) {
+    constexpr int subs = kSubs / per_block;  // of a group
+    HalfTable<F::bits> table;
+    for (int64_t b = first; b < last; b++) {
+      const auto words = Decoder<F>::words(codes_ + b * Decoder<F>::block_bytes);
+#pragma GCC unroll 4
+      for (int part = 0; part < per_block; part++) {
+        const int64_t group = per_block == 1 ? grouping_.first(b) : b * per_block + part;
+        if (per_block > 1 || group != group_) {
+          enter(group);
+          table.set(weights_, dtype == Dtype::bf16);
+        }
+#pragma GCC unroll 4
+        for (int sub = part * subs; sub < (part + 1) * subs; sub++)
+          put(b * kBlock + sub * kSub, table.template in_order<code_stride(F::bits)>(words.low, sub));
+      }
+    }
   }
 };
 
@@ -88,31 +101,37 @@ static void dequantize(const DequantizeArgs& a) {
   const int64_t width = a.dtype == Dtype::f32 ? 4 : 2, bytes = (a.row1 - a.row0) * a.stride * width;
   const bool aligned = (reinterpret_cast<uintptr_t>(a.out) | static_cast<uintptr_t>(a.stride * width)) % 64 == 0;
   const bool past_caches = bytes >= kPastCachesBytes && aligned;
-  const int64_t ahead = 1 + kAheadBytes / ((last - first) * Decoder<F>::block_bytes);  // rows
+  const int64_t ahead = 1 + kAheadBytes / ((last - first) * Decoder<F>::block_bytes + 1);  // rows
 #pragma omp parallel num_threads(a.place.threads)
   {
     Scratch scale_row(scales.row_floats()), zero_row(zeros.row_floats());
-#pragma omp for schedule(static)
+    DenseRows<F> rows(decoder, grouping);
+#pragma omp for schedule(static) nowait
     for (int64_t o = a.row0; o < a.row1; o++) {
       ask_for(w, scales, zeros, least(o + ahead, w.out - 1), first, last, Decoder<F>::block_bytes);
-      DenseRow<F> row(decoder, grouping, o, scales.row(o, first, last, scale_row.data),
-                      zeros.row(o, first, last, zero_row.data));
+      rows.start(o, scales.row(o, first, last, scale_row.data), zeros.row(o, first, last, zero_row.data));
       const int64_t start = (o - a.row0) * a.stride - a.col0;
-      if constexpr (kHalfTables && F::bits < 8) {
-        if (a.dtype != Dtype::f32)
-          row.halves(first, whole, a.dtype == Dtype::bf16, [&](int64_t j, auto weights) {
-            store_halves(static_cast<uint16_t*>(a.out) + start + j, weights, past_caches);
-          });
-      }
-      if (!(kHalfTables && F::bits < 8) || a.dtype == Dtype::f32)
+      const auto fp32_wise = [&] {
         for (int64_t b = first; b < whole; b++)
-          row.block(b, [&](int i, Vec v) { store_as(a.out, start + b * kBlock + 16 * i, v, a.dtype); });
+          rows.block(b, [&](int i, Vec v) { store_as(a.out, start + b * kBlock + 16 * i, v, a.dtype); });
+      };
+      if constexpr (kHalfTables && F::bits < 8) {
+        uint16_t* const out = static_cast<uint16_t*>(a.out) + start;
+        const auto put = [=](int64_t j, auto v) { past_caches ? stream_halves(out + j, v) : store_halves(out + j, v); };
+        a.dtype == Dtype::f32    ? fp32_wise()
+        : a.dtype == Dtype::bf16 ? rows.template halves<Dtype::bf16>(first, whole, put)
+                                 : rows.template halves<Dtype::f16>(first, whole, put);
+      } else {
+        fp32_wise();
+      }
       if (whole < last) {
         float dense[kBlock];
-        row.block(whole, [&](int i, Vec v) { store(dense + 16 * i, v); });
+        rows.block(whole, [&](int i, Vec v) { store(dense + 16 * i, v); });
         write_run(a.out, start + whole * kBlock, a.col1 - whole * kBlock, a.dtype, dense);
       }
     }
+    if constexpr (kHalfTables && F::bits < 8)
+      if (past_caches) finish_streams();
   }
 }
 

@@ -15,6 +15,7 @@ constexpr int kUnroll = 8;
 constexpr bool kHalfTables = false;  // whether tables of 16-bit weights can be looked up
 template <int bits>
 struct HalfTable;
+void finish_streams();
 
 struct Vec {
   __m256 low, high;

@@ -180,8 +180,9 @@ struct HalfTable {
     return _mm512_permutexvar_epi16(codes, entry);
   }
 };
-static inline void store_halves(uint16_t* p, __m512i a, bool past_caches) {
-  past_caches ? _mm512_stream_si512(reinterpret_cast<__m512i*>(p), a) : _mm512_storeu_si512(p, a);
-}
+static inline void store_halves(uint16_t* p, __m512i a) { _mm512_storeu_si512(p, a); }
+// past the caches; other threads see them after finish_streams
+static inline void stream_halves(uint16_t* p, __m512i a) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), a); }
+static inline void finish_streams() { _mm_sfence(); }
 
 }  // namespace qft::avx512

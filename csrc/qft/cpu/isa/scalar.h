@@ -16,6 +16,7 @@ constexpr int kUnroll = 1;           // of the 8 vectors of a block: where regis
 constexpr bool kHalfTables = false;  // whether tables of 16-bit weights can be looked up
 template <int bits>
 struct HalfTable;
+void finish_streams();
 
 struct Vec {
   float lane[16];
