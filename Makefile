@@ -1,4 +1,4 @@
-# make demo | test | test-all | check | bench | methods | cuda: each sets up .venv by itself.
+# make demo | test | test-all | check | bench | bench-full | scaling | methods | cuda: each sets up .venv by itself.
 # make gpu | gpu-bench: with $(PYTHON) as it is.
 PYTHON ?= python3
 TORCH  := 2.13.0
@@ -6,7 +6,7 @@ PY     := .venv/bin/python
 READY  := .venv/.ready
 SOURCES := $(shell find csrc -type f) $(wildcard qft/compiler/*.py) qft/format.py CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: all demo test test-slow test-all check bench methods cuda gpu gpu-bench clean
+.PHONY: all demo test test-slow test-all check bench bench-full scaling methods cuda gpu gpu-bench clean
 all: $(READY)
 
 # torch comes first and pinned: any looser request would fetch a build of its own choice.
@@ -37,10 +37,26 @@ check: $(READY)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/clang-format --dry-run --Werror $$(find csrc tests/simt -name '*.h' -o -name '*.cuh' -o -name '*.cpp')
+	.venv/bin/clang-format --dry-run --Werror $$(find csrc tests/simt bench -name '*.h' -o -name '*.cuh' -o -name '*.cpp')
 
 bench: $(READY)
 	$(PY) -m pytest bench --benchmark-enable --benchmark-only
+
+# All that docs/numbers.md and docs/scaling.md hold of the CPU, on a quiet machine; with llama.cpp's ggml where
+# GGML=DIR names the folder of a build's libraries.
+bench-full: $(READY)
+	$(PY) bench/format_errors.py
+	$(PY) bench/instructions.py
+	$(PY) bench/speed.py
+	$(if $(GGML),$(PY) bench/ggml.py --ggml $(GGML))
+	$(PY) bench/scaling.py
+	$(PY) bench/scaling_page.py
+	$(PY) bench/publish.py
+
+# Time and memory against layers, rows, ranks, threads and models: ten minutes on a quiet machine.
+scaling: $(READY)
+	$(PY) bench/scaling.py
+	$(PY) bench/scaling_page.py
 
 # The ladder of starting points on the demo model: about four hours of one core, resumable.
 methods: $(READY)

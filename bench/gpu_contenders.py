@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from cases import Case
-from contenders import TOLERANCE, UnavailableError, by_rows, costs, every, product_error, relative_error
+from contenders import UnavailableError, by_rows, work
 from gpu_cases import BNB, BNB_DEQUANTIZE, DENSE, GEMLITE, PERMUTES
 from torch import Tensor
 
 import qft
 from qft import kernels, native, reference
 from qft.format import Format
+from qft.speed.check import TOLERANCE, every, product_error, relative_error
 from qft.tensor import QuantTensor
 
 BF16 = torch.bfloat16
@@ -157,7 +158,7 @@ def prepare(case: Case, rotation: Callable[[int], int], device: str = "cuda") ->
         ready = _quantize(case, kernel, rotation, device)
     else:
         contender = CONTENDERS[case.who](case, device)
-        ready = _rotating(case, contender, kernel, rotation(costs(case, contender.nbytes)[0]), device)
+        ready = _rotating(case, contender, kernel, rotation(work(case, contender.nbytes).read), device)
     if not ready.error <= TOLERANCE["bf16"]:
         raise ValueError(f"the relative error {ready.error:.2g} exceeds {TOLERANCE['bf16']:g}; not timed")
     return ready

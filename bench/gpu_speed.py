@@ -29,7 +29,7 @@ import gpu_tables
 import machine
 import torch
 from cases import Case, evaluate
-from contenders import UnavailableError, costs
+from contenders import UnavailableError, work
 from gpu_cases import BNB, BNB_DEQUANTIZE, DENSE, GEMLITE, ITEMS, TARGETS, Item, Step, key
 from gpu_contenders import Ready, packed, prepare
 from gpu_step import training_step
@@ -57,8 +57,8 @@ def spread(samples: Sequence[float]) -> Row:
 def row(case: Case, ready: Ready, seconds: Sequence[float], limits: dict[str, float]) -> Row:
     """A case's times, and how near they are to what this GPU allows: bytes at the copy's speed, or operations at
     cuBLAS's, whichever takes longer."""
-    read, written, operations = costs(case, ready.nbytes)
-    memory, arithmetic = (read + written) / limits["copy"], operations / limits["bf16"]
+    least = work(case, ready.nbytes)
+    memory, arithmetic = least.nbytes / limits["copy"], least.operations / limits["bf16"]
     figures = spread(seconds)
     return {
         **entry(case),
@@ -67,10 +67,10 @@ def row(case: Case, ready: Ready, seconds: Sequence[float], limits: dict[str, fl
         "copies": len(ready.calls),
         "relative_error": ready.error,
         "weight_bytes": ready.nbytes,
-        "read_bytes": read,
-        "written_bytes": written,
-        "operations": operations,
-        "gb_per_s": (read + written) / figures["median_s"] / 1e9,
+        "read_bytes": least.read,
+        "written_bytes": least.written,
+        "operations": least.operations,
+        "gb_per_s": least.nbytes / figures["median_s"] / 1e9,
         "percent_of_roofline": 100 * max(memory, arithmetic) / figures["median_s"],
         "bound_by": "arithmetic" if arithmetic > memory else "memory",
     }

@@ -21,7 +21,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
 from torch import nn
 
@@ -32,6 +31,7 @@ from qft.compose.library import Library
 from qft.compose.lorahub import WeightedSums, lorahub
 from qft.demo import HELD_OUT, find_examples
 from qft.disk.pretrained import load_model, load_tokenizer
+from qft.speed.limits import processor
 from qft.training.data import Examples, PaddingCollator, read
 from qft.training.evaluate import perplexity
 from qft.training.finetune import Recipe, run
@@ -133,7 +133,7 @@ def measure() -> dict[str, Any]:
             print(runs[-1], flush=True)
     average = min(before["average_of_factors"], before["average_of_products"])
     return {
-        "machine": machine.processor(),
+        "machine": processor(),
         "torch": torch.__version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "load_before": os.getloadavg()[0],

@@ -20,7 +20,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
 from publish import replace_block, table
 from torch import Tensor
@@ -33,6 +32,7 @@ from qft.measure.measured_plan import LADDER
 from qft.measure.plan import Candidate, Plan, Weight, choose, first_layers
 from qft.measure.plan_figure import draw_plan
 from qft.model.targets import quantizable
+from qft.speed.limits import processor
 from qft.training.evaluate import perplexity
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,7 +138,7 @@ def measure() -> dict[str, Any]:
             if (bits, criterion) == (DRAWN, BEST):
                 draw(plan)
     return {
-        "machine": machine.processor(),
+        "machine": processor(),
         "torch": torch.__version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "load_before": load,

@@ -26,6 +26,7 @@ from torch import Tensor
 import qft
 from qft import kernels, reference
 from qft.format import Format
+from qft.speed.limits import processor
 
 RESULT = Path(__file__).resolve().parent / "results" / "search-speed.json"
 FORMATS = ("lm2 g64 f16", "lm4 g64 f16", "nf4 g64 dq", "nf4 g64 f32", "int4 g64 f16", "int3 g64 f16 zero")
@@ -119,7 +120,7 @@ def main() -> None:
     result = {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": machine.commit(),
-        "machine": machine.processor(),
+        "machine": processor(),
         "versions": machine.versions(),
         "kernel": qft.explain("nf4 g64", *LARGE)["quantize"].kernel.name,
         "shapes": {"both": SMALL, "large": LARGE},

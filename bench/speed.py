@@ -1,7 +1,7 @@
 """The honest table: qft and its peers timed in turn in one process, beside what the machine can do.
 
-    python bench/speed.py               writes bench/results/cpu-speed.json; some minutes, on a quiet machine
-    python bench/speed.py --quick       5 rounds and nothing written, unless --output says where
+    python bench/speed.py               writes bench/results/cpu-speed.json; ten minutes, on a quiet machine
+    python bench/speed.py --quick       5 rounds and nothing written, unless --output says where; so does --only TEXT
 
 Every round calls each case of an experiment once, starting one case further on each time, so that drift of the machine
 meets all alike. Before each call a buffer of four times the last-level cache is read, so that weights come from memory,
@@ -14,62 +14,35 @@ import argparse
 import json
 import os
 import shlex
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import contenders
+import jobs
 import machine
-import torch
-from cases import EXPERIMENTS, Case, Experiment, evaluate
-from contenders import Ready, UnavailableError, prepare
+from cases import Experiment, Item, Step, evaluate
+from contenders import Ready, UnavailableError
+from experiments import EXPERIMENTS
 
 from qft import native
+from qft.disk.files import replace_file
+from qft.speed import limits
+from qft.speed.clock import QUICK, Call, Effort, cache_flush, interleave, spread
+from qft.speed.roofline import bound
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "cpu-speed.json"
-Call = Callable[[], Any]
-Limits = dict[str, float]  # what `machine.limits` measured
+Limits = dict[str, float]  # what `limits.limits` measured
 BUILD_LIMITS = {"seconds": 180, "bytes": 10 << 20}  # of the extension on 2 cores
-
-
-@dataclass(frozen=True)
-class Effort:
-    """At least `least` rounds; more, up to `most`, while an experiment has run for less than `seconds`."""
-
-    least: int = 15
-    most: int = 101
-    seconds: float = 5.0
-
-
-QUICK = Effort(5, 5)
-
-
-def interleave(calls: Sequence[Call], effort: Effort, flush: Call) -> list[list[float]]:
-    """Seconds of every round by call; `flush` runs before each, untimed, and a first round is thrown away."""
-    times: list[list[float]] = [[] for _ in calls]
-    start = time.perf_counter()
-    for done in range(-1, effort.most):
-        if done >= effort.least and time.perf_counter() - start > effort.seconds:
-            break
-        for at in range(len(calls)):
-            which = (at + done) % len(calls)
-            flush()
-            before = time.perf_counter()
-            calls[which]()
-            spent = time.perf_counter() - before
-            if done >= 0:
-                times[which].append(spent)
-    return times
 
 
 def measure(experiment: Experiment, effort: Effort, flush: Call, limits: Limits) -> dict[str, Any]:
     """One experiment's entry in the report: a row for every case, the reasons of those that cannot run, the targets."""
-    ready: dict[Case, Ready] = {}
+    ready: dict[Item, Ready] = {}
     absent = []
     for case in experiment.cases:
         try:
@@ -79,34 +52,35 @@ def measure(experiment: Experiment, effort: Effort, flush: Call, limits: Limits)
     times = interleave([one.call for one in ready.values()], effort, flush)
     rows = {case: row(case, one, seconds, limits) for (case, one), seconds in zip(ready.items(), times, strict=True)}
     targets = [evaluate(target, rows, limits) for target in experiment.targets]
-    entry = {"title": experiment.title, "headline": experiment.headline, "rows": [*rows.values()], "absent": absent}
-    return {**entry, "targets": targets}
+    about = {"title": experiment.title, "headline": experiment.headline, "series": experiment.series}
+    return {**about, "rows": [*rows.values()], "absent": absent, "targets": targets}
 
 
-def _entry(case: Case) -> dict[str, Any]:
+def prepare(case: Item) -> Ready:
+    """A case, or a whole job, as a checked call; see `contenders.prepare`."""
+    return jobs.prepare(case) if isinstance(case, Step) or case.verb == "loftq" else contenders.prepare(case)
+
+
+def _entry(case: Item) -> dict[str, Any]:
     fields = {("kernel_named" if key == "kernel" else key): value for key, value in asdict(case).items()}
     return {**fields, "name": case.name, "work": case.work}
 
 
-def row(case: Case, ready: Ready, seconds: Sequence[float], limits: Limits) -> dict[str, Any]:
+def row(case: Item, ready: Ready, seconds: Sequence[float], limits: Limits) -> dict[str, Any]:
     """A case's median and spread, and how near it is to what the machine allows."""
-    median = statistics.median(seconds)
-    compute = ready.operations / limits[case.dtype]
-    bound = max(ready.read / limits["read"], ready.written / limits["write"], compute)
+    least, by = bound(ready.work, limits)
+    figures = spread(seconds)
     return {
         **_entry(case),
         "kernel_used": ready.kernel or None,
-        "median_s": median,
-        "min_s": min(seconds),
-        "max_s": max(seconds),
-        "rounds": len(seconds),
+        **figures,
         "relative_error": ready.error,
         "weight_bytes": ready.nbytes,
-        "read_bytes": ready.read,
-        "written_bytes": ready.written,
-        "operations": ready.operations,
-        "percent_of_roofline": 100 * bound / median,
-        "bound_by": "arithmetic" if bound == compute else "memory",
+        "read_bytes": ready.work.read,
+        "written_bytes": ready.work.written,
+        "operations": ready.work.operations,
+        "percent_of_roofline": 100 * least / figures["median_s"],
+        "bound_by": by,
     }
 
 
@@ -121,33 +95,36 @@ def build_facts(seconds: float | None) -> dict[str, Any]:
 def run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
     """Measure everything; the report as it is written."""
     report: dict[str, Any] = {
-        "command": shlex.join(["python", "bench/speed.py", *arguments]),
+        "command": shlex.join(["python", "bench/speed.py", *_nameless(arguments, options.output)]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": options.commit or machine.commit(),
         "versions": machine.versions(),
-        "machine": machine.processor(),
+        "machine": limits.processor(),
         "quick": options.quick,
         "cache": options.cache,
         "load_before": os.getloadavg()[0],
     }
-    limits = machine.limits(5 if options.quick else 15)
-    report["limits"] = limits
-    flushed = torch.ones(4 * machine.last_level_cache() // 4)
-    report["flush_bytes"] = flushed.nbytes if options.cache == "cold" else 0
-    flush = flushed.sum if options.cache == "cold" else lambda: None
+    report["limits"] = found = limits.limits(5 if options.quick else 15)
+    flush, report["flush_bytes"] = cache_flush() if options.cache == "cold" else (lambda: None, 0)
     report["build"] = build_facts(options.build_seconds)
     report["experiments"] = []
-    for experiment in EXPERIMENTS:
-        entry = measure(experiment, QUICK if options.quick else Effort(), flush, limits)
+    chosen = [one for one in EXPERIMENTS if options.only.lower() in f"{one.title} {one.series}".lower()]
+    for experiment in chosen:
+        entry = measure(experiment, QUICK if options.quick else Effort(), flush, found)
         report["experiments"].append(entry)
         print(render(entry), flush=True)
     report["load_after"] = os.getloadavg()[0]
     return report
 
 
+def _nameless(arguments: Sequence[str], output: Path | None) -> list[str]:
+    """The arguments with the folders of this machine left out."""
+    return [word if output is None or word != str(output) else output.name for word in arguments]
+
+
 def render(entry: dict[str, Any]) -> str:
     """An experiment as lines of text."""
-    lines = [f"\n{entry['title']}"]
+    lines = [f"\n{', '.join(part for part in (entry['series'], entry['title']) if part)}"]
     for one in entry["rows"]:
         spread = f"{1e3 * one['min_s']:.3g} .. {1e3 * one['max_s']:.3g}"
         lines.append(
@@ -160,7 +137,7 @@ def render(entry: dict[str, Any]) -> str:
         other = f" against {one['against']}" if one["against"] else ""
         measured = "" if one["measured"] is None else f"{one['measured']:.3g}{one['unit']}, "
         lines.append(
-            f"  [{one['stage']}] {one['work']}, {one['subject']}: {one['measure']}{other} {measured}"
+            f"  [{one['row']}] {one['work']}, {one['subject']}: {one['measure']}{other} {measured}"
             f"{one['how']} {one['limit']:g}{one['unit']}: {words[one['met']]}"
         )
     return "\n".join(lines)
@@ -171,18 +148,18 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="5 rounds; nothing is written without --output")
     parser.add_argument("--cache", choices=("cold", "warm"), default="cold", help="where weights are before a call")
+    parser.add_argument("--only", default="", metavar="TEXT", help="experiments whose title holds this")
     parser.add_argument("--output", type=Path, metavar="FILE", help=f"default: bench/results/{RESULT.name}")
     parser.add_argument("--commit", help="recorded in the report; default: what git says")
     parser.add_argument("--build-seconds", type=float, metavar="S", help="what building the extension took on 2 cores")
     options = parser.parse_args(arguments)
     try:
         report = run(options, arguments)
-        output = options.output or (None if options.quick else RESULT)
+        output = options.output or (None if options.quick or options.only else RESULT)
         if output:
             output.parent.mkdir(parents=True, exist_ok=True)
-            part = output.with_name(output.name + ".part")
-            part.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-            os.replace(part, output)  # whole or not at all
+            with replace_file(output) as temporary:
+                temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
             print(f"\n{output}")
     except (OSError, ValueError) as error:
         print(f"speed: {error}", file=sys.stderr)

@@ -19,7 +19,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
 from publish import replace_block, table
 from safetensors import safe_open
@@ -30,6 +29,7 @@ from qft.demo import texts
 from qft.disk.pretrained import load_model
 from qft.init import NEEDS, output_error
 from qft.model.targets import quantizable
+from qft.speed.limits import processor
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "bench" / "results" / "starting-points.json"
@@ -113,7 +113,7 @@ def start(name: str, w: Tensor, fmt: str, rank: int, moment: Tensor) -> tuple[qf
 def here() -> dict[str, Any]:
     """Where and when a part is measured."""
     return {
-        "machine": machine.processor(),
+        "machine": processor(),
         "torch": torch.__version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "load_before": os.getloadavg()[0],

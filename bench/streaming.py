@@ -28,6 +28,7 @@ import torch
 from qft.disk.files import replace_file
 from qft.disk.shards import lay_out
 from qft.disk.skeleton import empty_model
+from qft.speed.limits import processor
 
 RESULT = Path(__file__).resolve().parent / "results" / "streaming.json"
 LLAMA_7B = {
@@ -153,7 +154,7 @@ def main(arguments: Sequence[str]) -> int:
         "kind": "streaming",
         "layers": options.layers,
         **result,
-        "machine": machine.processor(),
+        "machine": processor(),
         "versions": machine.versions(),
         "load_before": before,
         "load_after": os.getloadavg()[0],

@@ -138,7 +138,7 @@ def test_explain_names_a_kernel_per_verb(result, run):
 def test_help_is_quick_and_every_command_has_it(run):
     code, out, _ = run("--help")
     assert code == 0
-    for name in ("quantize", "finetune", "eval", "generate", "info", "explain", "demo"):
+    for name in ("quantize", "finetune", "eval", "generate", "info", "explain", "bench", "demo"):
         assert name in out
         assert run(name, "--help")[0] == 0
     loaded = "import sys, qft.cli; print(sorted({'torch', 'transformers'} & set(sys.modules)))"

@@ -30,6 +30,10 @@ NOT_RUN = {
     "docs/quickstart.md": {
         "pip install torch": "installs; tests/test_packaging.py installs the wheel",
     },
+    "docs/benchmarks.md": {
+        "qft bench": "takes a minute; the page's next block is a short one",
+        "make bench": "takes half an hour; tests/test_bench.py runs a small part",
+    },
     "docs/distributed.md": {
         "torchrun --standalone --nproc-per-node 8 train.py": "eight GPUs",
         "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-id qft --rdzv-endpoint HOST:29500 train.py":
@@ -54,7 +58,7 @@ FRAGMENTS = {
     ("docs/starting-points.md", 2): "dense",
 }
 
-SLOW = ("docs/adding-a-format.md", "docs/kernels.md")  # they compile a format for every instruction set
+SLOW = ("docs/adding-a-format.md", "docs/kernels.md", "docs/benchmarks.md")  # they compile formats; it measures
 
 
 @dataclass(frozen=True)

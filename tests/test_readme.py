@@ -15,6 +15,10 @@ def test_tables_are_those_of_the_results():
     assert publish.publish(ROOT, check=True) == [], "run python bench/publish.py"
 
 
+def test_every_missed_target_is_explained():
+    assert publish.unexplained(ROOT) == [], "write bench/results/explanations.json"
+
+
 def test_the_first_example_runs_as_it_stands(tmp_path):
     example = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)[1]
     assert len([line for line in example.splitlines() if line.strip()]) <= 10

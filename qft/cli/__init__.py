@@ -6,6 +6,7 @@ the commands that need them.
 
 from . import (
     adapter,
+    bench,
     calibrate,
     compose,
     demo,
@@ -25,6 +26,7 @@ from .app import main
 
 __all__ = [
     "adapter",
+    "bench",
     "calibrate",
     "compose",
     "demo",

@@ -1,6 +1,8 @@
 // Arrays of any dtype read and written as fp32, one number or one vector at a time, and a thread's scratch.
 #pragma once
 
+#include <stdlib.h>
+
 #include "qft/cpu/numbers.h"
 #include "qft/format.h"
 
@@ -51,12 +53,13 @@ static inline void write_run(void* p, int64_t first, int64_t count, Dtype dtype,
   for (; i < count; i++) write(p, first + i, from[i], dtype);
 }
 
-// A thread's scratch: a few rows of scales, activations or sums, never a matrix.
+// Memory of one call: a few rows of scales, activations or sums, never a matrix. It starts on a cache line, or vectors
+// would cross one.
 struct Scratch {
   float* data;
   explicit Scratch(int64_t floats)
-      : data(static_cast<float*>(__builtin_malloc(static_cast<size_t>(floats) * sizeof(float)))) {}
-  ~Scratch() { __builtin_free(data); }
+      : data(static_cast<float*>(aligned_alloc(64, (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64))) {}
+  ~Scratch() { free(data); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 };

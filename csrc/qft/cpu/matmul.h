@@ -10,13 +10,19 @@
 
 namespace qft::QFT_ISA {
 
+// Threads worth waking for so many products: one per five microseconds or so.
+static inline int team(int threads, int64_t products) {
+  const int64_t worth = products / (1 << 18) + 1;
+  return static_cast<int>(least(threads, worth));
+}
+
 // x[rows][in] -> fp32 [blocks][rows][128] in the order of code_at, zeros past the end; shared among the team
-static inline void permute_rows(const MatmulArgs& a) {
+static inline void permute_rows(const MatmulArgs& a, float* to) {
   const int64_t in = a.weight.in, count = blocks(in);
 #pragma omp for schedule(static)
   for (int64_t i = 0; i < a.rows * count; i++) {
     const int64_t b = i / a.rows, r = i % a.rows;
-    float dense[kBlock], *permuted = a.workspace + i * kBlock;
+    float dense[kBlock], *permuted = to + i * kBlock;
     read_run(a.x, r * in + b * kBlock, least(kBlock, in - b * kBlock), a.dtype, dense, kBlock);
     for (int v = 0; v < 8; v++)
       for (int l = 0; l < 16; l++) permuted[16 * v + l] = dense[code_at(v, l)];
@@ -99,13 +105,14 @@ struct MatmulOutputs {
   const MatmulArgs& a;
   const Decoder<F>& decoder;
   const Grouping& grouping;
+  const float* x;  // as permute_rows lays it out
   int64_t first;
   const Ahead& ahead;
   TileRows w;
 
   template <int rows>
   void tile(int64_t row) const {
-    MatmulTile<F, rows, shifted> tile{decoder, grouping, w, a.workspace + row * kBlock, a.rows * kBlock, {}};
+    MatmulTile<F, rows, shifted> tile{decoder, grouping, w, x + row * kBlock, a.rows * kBlock, {}};
     tile.run(ahead);
     for (int r = 0; r < rows; r++)
       for (int o = 0; o < kTileOutputs && first + o < a.weight.out; o++)
@@ -131,15 +138,18 @@ static void matmul_shifted(const MatmulArgs& a) {
   const Decoder<F> decoder(w);
   const Companion scales = Companion::scales(w, grouping), zeros = Companion::zeros(w, grouping);
   const int64_t scale_floats = scales.row_floats(), zero_floats = zeros.row_floats(), count = blocks(w.in);
-  const int64_t tiles = (w.out + kTileOutputs - 1) / kTileOutputs, chunk = tiles_at_a_time(tiles, a.place.threads);
-#pragma omp parallel num_threads(a.place.threads)
+  const int64_t tiles = (w.out + kTileOutputs - 1) / kTileOutputs;
+  const int threads = team(a.place.threads, w.out * w.in * a.rows);
+  const int64_t chunk = tiles_at_a_time(tiles, threads);
+  const Scratch x(a.rows * count * kBlock);
+#pragma omp parallel num_threads(threads)
   {
-    permute_rows(a);
+    permute_rows(a, x.data);
     Scratch scale_rows(kTileOutputs * scale_floats), zero_rows(kTileOutputs * zero_floats);
 #pragma omp for schedule(dynamic, chunk)
     for (int64_t tile = 0; tile < tiles; tile++) {
       const int64_t first = tile * kTileOutputs;
-      MatmulOutputs<F, shifted> outputs{a, decoder, grouping, first, Ahead(w, scales, zeros, first), {}};
+      MatmulOutputs<F, shifted> outputs{a, decoder, grouping, x.data, first, Ahead(w, scales, zeros, first), {}};
       for (int o = 0; o < kTileOutputs; o++) {
         const int64_t row = least(first + o, w.out - 1);
         outputs.w.codes[o] = decoder.row(row);
@@ -158,7 +168,6 @@ static void matmul(const MatmulArgs& a) {
   matmul_shifted<F, false>(a);
 }
 
-// the activations of each row, permuted, in fp32
-static int64_t matmul_workspace(int64_t, int64_t in, int64_t rows, int) { return rows * blocks(in) * kBlock; }
+static int64_t matmul_workspace(int64_t, int64_t, int64_t, int) { return 0; }
 
 }  // namespace qft::QFT_ISA
