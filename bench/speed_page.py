@@ -13,8 +13,9 @@ from gpu_tables import table
 HOW_TO_READ = """\
 - Times are medians over interleaved rounds in one process: a round calls every case of a section once. Compare within a
   section; between sections, and between machines, compare ratios.
-- "cold": a buffer of four times the last-level cache is read before each call, so that weights come from memory as they
-  do in a model. Every result was compared with the reference's, in float64, before it was timed.
+- "cold": before each call a buffer of four times the last-level cache is read, and then the same call runs, untimed, on
+  a layer of 64 outputs: weights come from memory and code does not, as in a model, where the layer before ran the same
+  code. Peers are treated alike. Every result was compared with the reference's, in float64, before it was timed.
 - qft is one path for training and inference, timed with an input that requires grad; so are bitsandbytes' training path
   (`matmul_4bit`) and dense torch. "bitsandbytes eval" is its inference path on repacked weights, "torch int4" is
   `_weight_int4pack_mm_for_cpu`; neither of the two can train.

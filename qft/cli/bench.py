@@ -11,7 +11,7 @@ from .options import AsJson
 from .output import new_table, print_result, progress
 
 READ_ME = """\
-ms: median of calls that took turns, caches flushed before each; spread: from the fastest to the slowest, of the median.
+ms: median of calls that took turns, weights out of the caches; spread: from the fastest to the slowest, of the median.
 MB, GB/s: the least that must cross memory, and that over the time. dense: dense torch's time over this one's; under
 scale_grad it computes the gradient of the whole weight. of roofline: the least time this machine allows by the limits
 above, over the time taken, and what sets it."""

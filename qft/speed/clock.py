@@ -57,6 +57,20 @@ def cache_flush() -> tuple[Call, int]:
     return buffer.sum, buffer.nbytes
 
 
+def before_each(flush: Call, small: Call) -> Call:
+    """`flush`, then `small`: the same call on a layer of a few outputs. In a model the code is in the caches from the
+    layer before, and only the weights are not; a flush alone would charge every call for the interpreter's."""
+
+    def both() -> None:
+        flush()
+        small()
+
+    return both
+
+
+SMALL = 64  # outputs of such a layer
+
+
 def spread(seconds: Sequence[float]) -> dict[str, Any]:
     """Median and extremes, in seconds, and the number of rounds."""
     return {

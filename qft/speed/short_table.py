@@ -14,7 +14,7 @@ import torch
 from .. import __version__
 from ..format import Format
 from . import check, limits, roofline
-from .clock import Call, Effort, cache_flush, interleave, spread
+from .clock import SMALL, Call, Effort, before_each, cache_flush, interleave, spread
 from .roofline import DTYPES, Work
 from .verbs import Checked, Task, checked, dense_call, tasks
 
@@ -76,15 +76,19 @@ def measure(wanted: Wanted, tell: Progress = lambda what, done, total: None) -> 
     w = check.weight_like(wanted.shape, DTYPES[wanted.dtype])
     all_tasks = list(tasks(wanted.rows))
     ready: list[Checked] = []
+    small: dict[tuple[Task, str], Call] = {}
     for at, fmt in enumerate(wanted.formats):
         tell("checks against the reference", at, steps - 1)
         ready += checked(all_tasks, w, Format.parse(fmt), wanted.dtype)
+        few = checked(all_tasks, w[:SMALL].clone(), Format.parse(fmt), wanted.dtype)
+        small.update({(one.task, one.fmt): one.call for one in few})
     tell("checks against the reference", steps - 1, steps - 1)
     flush, _ = cache_flush()
     rows: list[dict[str, Any]] = []
     for at, task in enumerate(all_tasks):
         tell("tasks timed", at, len(all_tasks))
-        rows += _rows(task, [one for one in ready if one.task == task], w, wanted, flush, found)
+        mine = [one for one in ready if one.task == task]
+        rows += _rows(task, mine, w, wanted, flush, small, found)
     tell("tasks timed", len(all_tasks), len(all_tasks))
     return {
         "versions": {"qft": __version__, "torch": torch.__version__},
@@ -99,12 +103,21 @@ def measure(wanted: Wanted, tell: Progress = lambda what, done, total: None) -> 
 
 
 def _rows(
-    task: Task, ready: Sequence[Checked], w: torch.Tensor, wanted: Wanted, flush: Call, found: dict[str, float]
+    task: Task,
+    ready: Sequence[Checked],
+    w: torch.Tensor,
+    wanted: Wanted,
+    flush: Call,
+    small: dict[tuple[Task, str], Call],
+    found: dict[str, float],
 ) -> list[dict[str, Any]]:
-    """One task in every format, and dense torch's, timed in turn."""
+    """One task in every format, and dense torch's, timed in turn; `small` holds the calls on a few outputs."""
     dense = dense_call(task, w)
+    few = dense_call(task, w[:SMALL].clone())
     calls = [one.call for one in ready] + ([] if dense is None else [dense])
-    times = interleave(calls, wanted.effort, flush)
+    before = [before_each(flush, small[task, one.fmt]) for one in ready]
+    before += [] if few is None else [before_each(flush, few)]
+    times = interleave(calls, wanted.effort, before)
     dense_s = spread(times[-1])["median_s"] if dense else None
     rows = [
         {

@@ -9,7 +9,6 @@ namespace qft::QFT_ISA {
 
 constexpr int64_t kLine = 64;             // bytes that come together
 constexpr int64_t kAheadBytes = 8 << 10;  // of codes between what is read and what is asked for: about a microsecond
-constexpr int64_t kChunkOutputs = 64;     // that a thread takes in turn, at most: their rows adjoin
 
 // The rows of W some way behind a tile: the tile's share of them, block by block. Past the end of W it asks for what no
 // one reads, which does no harm.
@@ -57,9 +56,10 @@ static inline void ask_for(const Weight& w, const Companion& scales, const Compa
     ask(zeros.stored(row) + zeros.stored_row() * first / whole, zeros.stored_row() * (last - first) / whole);
 }
 
-// Tiles that a thread takes at a time: many, but enough are left for all threads to end together.
+// Tiles that a thread takes at a time: many, for what it asks for past the last of them is another's, but enough are
+// left for all threads to end together.
 static inline int64_t tiles_at_a_time(int64_t tiles, int threads) {
-  const int64_t share = least(tiles / (8 * threads), kChunkOutputs / kTileOutputs);
+  const int64_t share = tiles / (4 * threads);
   return share < 1 ? 1 : share;
 }
 

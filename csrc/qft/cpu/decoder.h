@@ -41,7 +41,7 @@ struct Decoder {
   Vec levels(const Words& words, int v) const {
     if constexpr (F::bits == 8)
       return sub(low_byte_above_2_23(shift_right(v < 4 ? words.low : words.high, 8 * (v % 4))), base);
-    return table[shift_right(words.low, code_stride(F::bits) * v)];
+    return table.template code<code_stride(F::bits)>(words.low, v);
   }
 
   // levels of codes 16 i + l of the block at p

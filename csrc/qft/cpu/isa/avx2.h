@@ -154,6 +154,11 @@ struct Table {
   }
   Vec operator[](Codes code) const { return {look_up(code.low), look_up(code.high)}; }
 
+  // code v of each lane's eight, `stride` bits apart
+  template <int stride>
+  Vec code(Codes words, int v) const {
+    return (*this)[shift_right(words, stride * v)];
+  }
   void set_weights(const Table& levels, Vec scale, Vec zero_point) {
     below = _mm256_mul_ps(_mm256_sub_ps(levels.below, zero_point.low), scale.low);
     above = _mm256_mul_ps(_mm256_sub_ps(levels.above, zero_point.low), scale.low);

@@ -91,16 +91,28 @@ static inline void store_bytes_through(uint8_t* p, Codes a, const uint8_t* table
 }
 static inline Vec gather(const float* table, const uint8_t* p) { return _mm512_i32gather_ps(load_bytes(p), table, 4); }
 
-// vpermps reads the low four bits of an index: a table of fewer levels repeats them, and no code needs masking.
+// vpermps reads the low four bits of an index: a table of fewer levels repeats them, and no code needs masking. Four
+// bits are two or four short codes: the later of them have tables of their own, which saves their shifts.
 template <int bits>
 struct Table {
-  Vec entry;
+  static constexpr int together = 4 / bits;  // codes in four bits
+  Vec entry, later[together > 1 ? together - 1 : 1];
+
   explicit Table(const float* levels) {
     float repeated[16];
-    for (int l = 0; l < 16; l++) repeated[l] = levels[l & ((1 << bits) - 1)];
-    entry = load(repeated);
+    for (int j = 0; j < together; j++) {
+      for (int l = 0; l < 16; l++) repeated[l] = levels[l >> (bits * j) & ((1 << bits) - 1)];
+      (j ? later[j - 1] : entry) = load(repeated);
+    }
   }
   Vec operator[](Codes code) const { return _mm512_permutexvar_ps(code, entry); }
+
+  // code v of each lane's eight, `stride` bits apart
+  template <int stride>
+  Vec code(Codes words, int v) const {
+    const Codes from = shift_right(words, stride * (v / together * together));
+    return _mm512_permutexvar_ps(from, v % together ? later[v % together - 1] : entry);
+  }
 
   void set_weights(const Table& levels, Vec scale, Vec zero_point) {
     entry = _mm512_mul_ps(_mm512_sub_ps(levels.entry, zero_point), scale);

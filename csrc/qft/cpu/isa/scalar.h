@@ -170,6 +170,11 @@ struct Table {
     QFT_LANES r.lane[l] = entry[code.lane[l] & ((1 << bits) - 1)];
     return r;
   }
+  // code v of each lane's eight, `stride` bits apart
+  template <int stride>
+  Vec code(Codes words, int v) const {
+    return (*this)[shift_right(words, stride * v)];
+  }
   void set_weights(const Table& levels, Vec scale, Vec zero_point) {
     QFT_LANES entry[l] = (levels.entry[l] - zero_point.lane[0]) * scale.lane[0];
   }
