@@ -29,9 +29,14 @@ if TYPE_CHECKING:
 VERBS = ("quantize", "dequantize", "matmul", "matmul_t", "scale_grad")
 
 # Bytes of dense weights a panel product holds at a time, reused from panel to panel: small enough to stay in a
-# last-level cache, large enough that torch.mm runs at its full rate. CPU: measured flat from 2 to 16 MiB at 512 rows.
+# last-level cache, large enough that torch.mm runs at its full rate. CPU: measured flat from 4 to 16 MiB at 512 rows.
 # CUDA: two thirds of an H100's L2; not measured yet.
-PANEL_BYTES = {"cpu": 4 << 20, "cuda": 32 << 20}
+PANEL_BYTES = {"cpu": 8 << 20, "cuda": 32 << 20}
+
+# Outputs of a forward panel come in multiples of this, however wide the layer: torch.mm arranges x anew for each panel,
+# and shares its outputs among threads in large pieces. CPU: measured on 4 cores with AVX-512 at 128 rows, 4096 x 14336
+# in bf16: panels of 128 outputs take 1.3 times as long as the whole weight, of 256 and 512 1.05, of 320 1.75.
+PANEL_OUTPUTS = 256
 
 # Above this many rows a panel product is taken, by device and dtype; dtypes left out take one at any number of rows.
 # CPU: measured on 4 cores with AVX-512, 4096 x 4096, nf4 g64: in bf16 the two cross between 24 and 32 rows (dx: near
@@ -460,7 +465,7 @@ def _panel_matmul(x: Tensor, q: QuantTensor) -> Tensor:
     out, in_features = q.shape
     device, dtype = x.device, product_dtype(x.dtype, x.device.type)
     y = torch.empty(x.shape[0], out, dtype=x.dtype, device=device)
-    panels = _panels(out, in_features * dtype.itemsize, 16, device.type)
+    panels = _panels(out, in_features * dtype.itemsize, PANEL_OUTPUTS, device.type)
     scratch = torch.empty(panels[0][1], in_features, dtype=dtype, device=device)
     table = _elementwise(q)
     for first, last in panels:

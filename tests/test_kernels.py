@@ -182,6 +182,7 @@ def test_products_of_a_real_layer_match_float64(verb, fmt, kernel):
 @pytest.mark.parametrize("fmt", FEW, ids=str)
 def test_many_small_panels_make_the_same_product(verb, fmt, poisoned, monkeypatch):
     monkeypatch.setitem(kernels.PANEL_BYTES, "cpu", 1 << 12)
+    monkeypatch.setattr(kernels, "PANEL_OUTPUTS", 16)
     q = qft.quantize(sample((67, 1030)), fmt)
     assert len(kernels._panels(67, 4 * 1030, 16, "cpu")) > 4
     assert len(kernels._panels(1030, 4 * 67, native.BLOCK, "cpu")) > 4

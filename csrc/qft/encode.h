@@ -1,4 +1,5 @@
-// Packing codes: 32 of them, one per byte, into their storage. One text for host, device and run-time builds.
+// Packing codes: 32 of them, one per byte, into their storage. One text for host, device and run-time builds; a host
+// with BMI2 has one instruction for what the others do in three steps.
 #pragma once
 
 #include "qft/format.h"
@@ -7,6 +8,9 @@ namespace qft {
 
 // 8 codes below 16, one per byte of `bytes` -> 8 nibbles
 static inline uint32_t pack_nibbles(uint64_t bytes) {
+#ifdef __BMI2__
+  return static_cast<uint32_t>(__builtin_ia32_pext_di(bytes, 0x0f0f0f0f0f0f0f0full));
+#endif
   bytes = (bytes | bytes >> 4) & 0x00ff00ff00ff00ffull;
   bytes = (bytes | bytes >> 8) & 0x0000ffff0000ffffull;
   return static_cast<uint32_t>(bytes | bytes >> 16);
@@ -14,11 +18,17 @@ static inline uint32_t pack_nibbles(uint64_t bytes) {
 
 // 8 nibbles below 4 -> 16 bits; below 2 -> 8 bits
 QFT_HOST_DEVICE static inline uint32_t pack_pairs(uint32_t nibbles) {
+#ifdef __BMI2__
+  return __builtin_ia32_pext_si(nibbles, 0x33333333u);
+#endif
   nibbles = (nibbles | nibbles >> 2) & 0x0f0f0f0fu;
   nibbles = (nibbles | nibbles >> 4) & 0x00ff00ffu;
   return (nibbles | nibbles >> 8) & 0xffffu;
 }
 QFT_HOST_DEVICE static inline uint32_t pack_bits(uint32_t nibbles) {
+#ifdef __BMI2__
+  return __builtin_ia32_pext_si(nibbles, 0x11111111u);
+#endif
   nibbles = (nibbles | nibbles >> 3) & 0x03030303u;
   nibbles = (nibbles | nibbles >> 6) & 0x000f000fu;
   return (nibbles | nibbles >> 12) & 0xffu;

@@ -190,6 +190,7 @@ def test_products_of_a_real_layer_match_float64(verb, fmt, kernel, poisoned):
 @pytest.mark.parametrize("fmt", FEW, ids=str)
 def test_many_small_panels_make_the_same_product(verb, fmt, poisoned, monkeypatch):
     monkeypatch.setitem(kernels.PANEL_BYTES, DEVICE, 1 << 12)
+    monkeypatch.setattr(kernels, "PANEL_OUTPUTS", 16)
     q = qft.quantize(sample((67, 1030)), fmt)
     for dtype in DTYPES:
         CHECKS[verb](q, 33, dtype, "panel")
