@@ -10,8 +10,8 @@ import struct
 
 from ..format import CODEBOOKS, INTEGERS, Format
 
-# Where kernels spell their vectors, straight-line code is not to be vectorized on top: GCC would compute the addresses of
-# a tile's rows in vector registers, where each load waits for its own, a third of the time of a product with one row.
+# Where kernels spell their vectors, straight-line code is not to be vectorized on top: GCC would compute the addresses
+# of a tile's rows in vector registers, where each load waits for its own: a third of the time of a product of one row.
 _VECTORS_AS_SPELLED = "-fno-tree-slp-vectorize"
 
 # What each CPU instruction set's sources are compiled with; csrc/qft/cpu/isa holds a file of vectors of the same name.

@@ -5,7 +5,6 @@ import ctypes
 import numpy as np
 from simt.build import Library
 
-
 # Bytes on either side of an array that no kernel is told of: a stray access lands here, never in another array.
 GUARD = 1 << 16
 
