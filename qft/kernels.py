@@ -457,8 +457,8 @@ def product_dtype(dtype: torch.dtype, device: str = "cpu") -> torch.dtype:
 
 
 def _row_chunks(rows: int, width: int) -> list[tuple[int, int]]:
-    """Rows of an fp16 operand converted to fp32 at a time, on a CPU."""
-    return _panels(rows, 4 * width, 16, "cpu")
+    """Rows of an fp16 operand converted to fp32 at a time, on a CPU: half a panel's bytes, for they lie beside one."""
+    return _panels(rows, 2 * 4 * width, 16, "cpu")
 
 
 def _panel_matmul(x: Tensor, q: QuantTensor) -> Tensor:
