@@ -501,7 +501,8 @@ def _panel_scale_grad(dy: Tensor, x: Tensor, q: QuantTensor) -> Tensor:
     out, in_features = q.shape
     device, dtype = x.device, product_dtype(x.dtype, x.device.type)
     ds = torch.empty(out, q.format.groups(in_features), dtype=torch.float32, device=device)
-    panels = _panels(out, in_features * dtype.itemsize, 16, device.type)
+    # half a panel's rows: torch.mm keeps a copy of what it writes
+    panels = _panels(out, 2 * in_features * dtype.itemsize, 16, device.type)
     scratch = torch.empty(panels[0][1], in_features, dtype=dtype, device=device)
     table = _elementwise(q)
     for first, last in panels:
