@@ -15,6 +15,7 @@ from typing import Any
 
 import methods
 from publish import replace_block, table
+from written import renew
 
 Rows = Sequence[dict[str, Any]]
 
@@ -22,20 +23,11 @@ Rows = Sequence[dict[str, Any]]
 def publish(root: Path, check: bool = False) -> list[str]:
     """Bring the page and the figure up to date with the results; what differed, written unless `check`."""
     rows = methods.read()
-    image = root / "docs" / methods.FIGURE
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    differing = []
-    for page, block in ((root / "docs" / methods.PAGE.name, body(rows)), (root / "README.md", verdicts(rows))):
-        text = replace_block(page.read_text(), "ladder", block)
-        if page.read_text() != text:
-            differing.append(str(page.relative_to(root)))
-            if not check:
-                page.write_text(text)
-    if not image.is_file() or digest.encode() not in image.read_bytes():
-        differing.append(str(image.relative_to(root)))
-        if not check:
-            draw(rows, digest, image)
-    return differing
+    blocks = {f"docs/{methods.PAGE.name}": body(rows), "README.md": verdicts(rows)}
+    pages = {name: replace_block((root / name).read_text(), "ladder", block) for name, block in blocks.items()}
+    figures = {f"docs/{methods.FIGURE}": (digest, partial(draw, rows, digest))}
+    return renew(root, pages, figures, check)
 
 
 def body(rows: Rows) -> str:

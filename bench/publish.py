@@ -12,6 +12,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import instructions_page
 import speed_page
 import streaming_page
 from gpu_tables import table
+from written import Draw, renew
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEED_FIGURE, ERRORS_FIGURE = "figures/cpu-speed.png", "figures/format-errors.png"
@@ -122,25 +124,15 @@ def publish(root: Path, check: bool) -> list[str]:
     body += "of the whole weight; `train` is forward and dx.\n\n"
     body += f"{speed_page.comparison(speed)}\n\n{speed_page.machine_line(speed)}"
     readme = replace_block(replace_block(readme, "numbers", body), "demo", demo_table(demo))
-    differing = []
-    for path, text in (
-        (root / "README.md", readme),
-        (root / "docs" / "numbers.md", page(results, speed, demo, errors)),
-    ):
-        if not path.is_file() or path.read_text() != text:
-            differing.append(str(path.relative_to(root)))
-            if not check:
-                path.write_text(text)
+    pages = {"README.md": readme, "docs/numbers.md": page(results, speed, demo, errors)}
+    figures: dict[str, tuple[str, Draw]] = {}
     for name, figure, draw, shown in (
         ("cpu-speed", SPEED_FIGURE, draw_speed, speed),
         ("format-errors", ERRORS_FIGURE, draw_errors, errors),
     ):
-        digest, image = hashlib.sha256(raw[name]).hexdigest(), root / "docs" / figure
-        if not image.is_file() or digest.encode() not in image.read_bytes():
-            differing.append(str(image.relative_to(root)))
-            if not check:
-                draw(shown, digest, image)
-    return differing
+        digest = hashlib.sha256(raw[name]).hexdigest()
+        figures[f"docs/{figure}"] = digest, partial(draw, shown, digest)
+    return renew(root, pages, figures, check)
 
 
 def main(arguments: Sequence[str]) -> int:

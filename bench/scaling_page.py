@@ -16,6 +16,7 @@ from typing import Any
 
 from gpu_tables import table
 from scaling_figures import AXES, Point, Section, draw_layers, draw_models
+from written import Draw, renew
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = Path("docs") / "scaling.md"
@@ -212,24 +213,15 @@ def publish(root: Path, check: bool) -> list[str]:
         raise FileNotFoundError(f"{results.name} is not in {results.parent.name}; run python bench/scaling.py")
     raw = results.read_bytes()
     report, digest = json.loads(raw), hashlib.sha256(raw).hexdigest()
-    differing, target, text = [], root / PAGE, page(report)
-    if not target.is_file() or target.read_text() != text:
-        differing.append(str(PAGE))
-        if not check:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(text)
-    drawn: dict[str, Callable[[Path], None]] = {}
+    figures: dict[str, tuple[str, Draw]] = {}
     if any(name in report["sections"] for name in AXES):
-        drawn[FIGURES["layers"]] = lambda path: draw_layers(report, digest, path)
+        figures[f"docs/{FIGURES['layers']}"] = digest, lambda path: draw_layers(report, digest, path)
     if "model" in report["sections"]:
-        drawn[FIGURES["models"]] = lambda path: draw_models(report["sections"]["model"], digest, path)
-    for name, draw in drawn.items():
-        image = root / "docs" / name
-        if not image.is_file() or digest.encode() not in image.read_bytes():
-            differing.append(str(image.relative_to(root)))
-            if not check:
-                draw(image)
-    return differing
+        figures[f"docs/{FIGURES['models']}"] = (
+            digest,
+            lambda path: draw_models(report["sections"]["model"], digest, path),
+        )
+    return renew(root, {str(PAGE): page(report)}, figures, check)
 
 
 def main(arguments: Sequence[str]) -> int:
