@@ -60,14 +60,18 @@ def measure(experiment: Experiment, effort: Effort, flush: Call, limits: Limits)
 
 def _before(case: Item, flush: Call) -> Call:
     """What runs before a case, untimed; a whole job brings its own code into the caches."""
-    if isinstance(case, Step) or case.verb == "loftq":
+    if _is_job(case):
         return flush
     return before_each(flush, prepare(replace(case, shape=(SMALL, case.shape[1]))).call)
 
 
 def prepare(case: Item) -> Ready:
     """A case, or a whole job, as a checked call; see `contenders.prepare`."""
-    return jobs.prepare(case) if isinstance(case, Step) or case.verb == "loftq" else contenders.prepare(case)
+    return jobs.prepare(case) if _is_job(case) else contenders.prepare(case)
+
+
+def _is_job(case: Item) -> bool:
+    return isinstance(case, Step) or case.verb == "loftq"
 
 
 def _entry(case: Item) -> dict[str, Any]:
