@@ -1,5 +1,5 @@
-// From a row's bytes to levels, 128 codes at a time: in the order of code_at, which costs no shuffle, or in the codes'
-// own.
+// From a row's bytes to levels, 128 codes at a time: for products in the order that costs its instruction set least,
+// or in the codes' own.
 #pragma once
 
 #include "qft/cpu/arrays.h"
@@ -9,6 +9,8 @@ namespace qft::QFT_ISA {
 
 template <class F>
 struct Decoder {
+  using Bytes = ByteLevels<F::kind, F::bits>;
+
   static constexpr int64_t block_bytes = packed_bytes(F::bits, kBlock);
 
   // One block: lane l of `low` holds codes 8 l .. 8 l + 7; 8-bit codes take a second word for the later four.
@@ -17,11 +19,13 @@ struct Decoder {
   };
 
   Table<(F::bits < 8 ? F::bits : 4)> table;
+  Bytes bytes;
   Vec base;  // of 8-bit integers, which convert instead of looking up: 2^23 less the lowest level
   const Weight& w;
 
   explicit Decoder(const Weight& weight)
       : table(F::codebook(weight.levels, weight.zeros != nullptr)),
+        bytes(F::codebook(weight.levels, weight.zeros != nullptr), weight.zeros != nullptr),
         base(broadcast(weight.zeros ? 0x1p23f : 0x1p23f + 128)),
         w(weight) {}
 
@@ -37,8 +41,12 @@ struct Decoder {
     return words;
   }
 
-  // levels of codes 8 l + v
+  // which code of its block lane l of levels(words, v) stands for; groups of four lanes share 32 codes, in order
+  static constexpr int column(int v, int l) { return Bytes::column(v, l); }
+
+  // levels of the codes column(v, l), in units of bytes.unit
   Vec levels(const Words& words, int v) const {
+    if constexpr (Bytes::used) return bytes(words.low, words.high, v);
     if constexpr (F::bits == 8)
       return sub(low_byte_above_2_23(shift_right(v < 4 ? words.low : words.high, 8 * (v % 4))), base);
     return table.template code<code_stride(F::bits)>(words.low, v);

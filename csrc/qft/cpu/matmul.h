@@ -16,8 +16,9 @@ static inline int team(int threads, int64_t products) {
   return static_cast<int>(least(threads, worth));
 }
 
-// x[rows][in] -> fp32 [blocks][rows][128] in the order of code_at, zeros past the end; shared among the team
-static inline void permute_rows(const MatmulArgs& a, float* to) {
+// x[rows][in] -> fp32 [blocks][rows][128] in the decoder's order and unit, zeros past the end; shared among the team
+template <class F>
+static void permute_rows(const MatmulArgs& a, const Decoder<F>& decoder, float* to) {
   const int64_t in = a.weight.in, count = blocks(in);
 #pragma omp for schedule(static)
   for (int64_t i = 0; i < a.rows * count; i++) {
@@ -25,7 +26,7 @@ static inline void permute_rows(const MatmulArgs& a, float* to) {
     float dense[kBlock], *permuted = to + i * kBlock;
     read_run(a.x, r * in + b * kBlock, least(kBlock, in - b * kBlock), a.dtype, dense, kBlock);
     for (int v = 0; v < 8; v++)
-      for (int l = 0; l < 16; l++) permuted[16 * v + l] = dense[code_at(v, l)];
+      for (int l = 0; l < 16; l++) permuted[16 * v + l] = dense[decoder.column(v, l)] * decoder.bytes.unit;
   }
 }
 
@@ -39,6 +40,11 @@ struct TileRows {
 // One tile: kTileOutputs rows of W against `rows` rows of x. Shifted formats subtract zero points.
 template <class F, int rows, bool shifted>
 struct MatmulTile {
+  using Words = typename Decoder<F>::Words;
+  // Outputs whose words are made before the first of them is used: all, for what waits for the few steps to 3-bit words
+  // fills a processor's queues. Words of 4 bits lie ready in memory.
+  static constexpr int kEarly = F::bits == 4 ? kOutputsAtOnce : kTileOutputs;
+
   const Decoder<F>& decoder;
   const Grouping& grouping;
   const TileRows& w;
@@ -46,21 +52,18 @@ struct MatmulTile {
   int64_t x_stride;  // from block to block
   Vec sums[rows][kTileOutputs];
 
-  // adds block b, whose codes lie at p[o]
-  inline __attribute__((always_inline)) void add(const uint8_t* const* p, int64_t b) {
-    typename Decoder<F>::Words words[kTileOutputs];
-    Vec zero_point[kTileOutputs], partial[rows][kTileOutputs];
+  // adds block b for the tile's outputs from `first` on, kOutputsAtOnce of them, whose sums of the block registers hold
+  inline __attribute__((always_inline)) void add(const Words* words, int64_t b, int first) {
+    Vec zero_point[kOutputsAtOnce], partial[rows][kOutputsAtOnce];
 #pragma GCC unroll 4
-    for (int o = 0; o < kTileOutputs; o++) {
-      words[o] = Decoder<F>::words(p[o]);
-      if (shifted) zero_point[o] = grouping.lanes(w.zeros[o], b);
-    }
+    for (int o = 0; o < kOutputsAtOnce; o++)
+      if (shifted) zero_point[o] = grouping.lanes(w.zeros[first + o], b);
     const float* in = x + b * x_stride;
 #pragma GCC unroll kUnroll
     for (int v = 0; v < 8; v++) {
-      Vec level[kTileOutputs];
+      Vec level[kOutputsAtOnce];
 #pragma GCC unroll 4
-      for (int o = 0; o < kTileOutputs; o++) {
+      for (int o = 0; o < kOutputsAtOnce; o++) {
         level[o] = decoder.levels(words[o], v);
         if (shifted) level[o] = sub(level[o], zero_point[o]);
       }
@@ -68,15 +71,15 @@ struct MatmulTile {
       for (int r = 0; r < rows; r++) {
         const Vec one = load(in + r * kBlock + 16 * v);
 #pragma GCC unroll 4
-        for (int o = 0; o < kTileOutputs; o++)
+        for (int o = 0; o < kOutputsAtOnce; o++)
           partial[r][o] = v == 0 ? mul(level[o], one) : fma(level[o], one, partial[r][o]);
       }
     }
 #pragma GCC unroll 4
-    for (int o = 0; o < kTileOutputs; o++) {
-      const Vec scale = grouping.lanes(w.scales[o], b);
+    for (int o = 0; o < kOutputsAtOnce; o++) {
+      const Vec scale = grouping.lanes(w.scales[first + o], b);
 #pragma GCC unroll 4
-      for (int r = 0; r < rows; r++) sums[r][o] = fma(partial[r][o], scale, sums[r][o]);
+      for (int r = 0; r < rows; r++) sums[r][first + o] = fma(partial[r][o], scale, sums[r][first + o]);
     }
   }
 
@@ -85,16 +88,25 @@ struct MatmulTile {
     for (int r = 0; r < rows; r++)
       for (int o = 0; o < kTileOutputs; o++) sums[r][o] = zero();
     const int64_t count = blocks(decoder.w.in), whole = least(count, decoder.whole_blocks());
-    const uint8_t* p[kTileOutputs];
     for (int64_t b = 0; b < whole; b++) {
+      const uint8_t* p[kTileOutputs];
       ahead.template ask<kTileOutputs * bytes, shifted>();
       for (int o = 0; o < kTileOutputs; o++) p[o] = w.codes[o] + b * bytes;
-      add(p, b);
+#pragma GCC unroll 4
+      for (int o = 0; o < kTileOutputs; o += kEarly) {
+        Words words[kEarly];
+#pragma GCC unroll 4
+        for (int i = 0; i < kEarly; i++) words[i] = Decoder<F>::words(p[o + i]);
+#pragma GCC unroll 4
+        for (int i = 0; i < kEarly; i += kOutputsAtOnce) add(words + i, b, o + i);
+      }
     }
     if (whole < count) {
-      uint8_t copies[kTileOutputs][bytes];
-      for (int o = 0; o < kTileOutputs; o++) p[o] = decoder.block(w.codes[o], whole, copies[o]);
-      add(p, whole);
+      uint8_t copy[bytes];
+      Words words[kTileOutputs];
+      for (int o = 0; o < kTileOutputs; o++) words[o] = Decoder<F>::words(decoder.block(w.codes[o], whole, copy));
+#pragma GCC unroll 4
+      for (int o = 0; o < kTileOutputs; o += kOutputsAtOnce) add(words + o, whole, o);
     }
   }
 };
@@ -144,7 +156,7 @@ static void matmul_shifted(const MatmulArgs& a) {
   const Scratch x(a.rows * count * kBlock);
 #pragma omp parallel num_threads(threads)
   {
-    permute_rows(a, x.data);
+    permute_rows(a, decoder, x.data);
     Scratch scale_rows(kTileOutputs * scale_floats), zero_rows(kTileOutputs * zero_floats);
 #pragma omp for schedule(dynamic, chunk)
     for (int64_t tile = 0; tile < tiles; tile++) {

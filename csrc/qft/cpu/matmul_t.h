@@ -1,5 +1,5 @@
 // matmul_t: dx = dy W for a few rows of dy. A thread owns a stripe of columns and adds the rows of W in order, a tile
-// of them at a time; the sums stay in the order of code_at until they are stored.
+// of them at a time; the sums stay in the decoder's order until they are stored.
 #pragma once
 
 #include "qft/cpu/ahead.h"
@@ -97,13 +97,20 @@ struct MatmulTStripe {
     }
   }
 
+  // in the decoder's unit, zeros past `count`
+  void read_dy(int64_t row, int64_t chunk, int64_t count) const {
+    float* const to = dy + row * kChunk;
+    read_run(a.dy, row * a.weight.out + chunk, count, a.dtype, to, kChunk);
+    for (int64_t i = 0; i < kChunk; i++) to[i] *= decoder.bytes.unit;
+  }
+
   void write_sums() const {
     for (int64_t row = 0; row < a.rows; row++)
       for (int64_t b = first; b < last; b++) {
         const float* permuted = sums + row * width + (b - first) * kBlock;
         float dense[kBlock];
         for (int v = 0; v < 8; v++)
-          for (int l = 0; l < 16; l++) dense[code_at(v, l)] = permuted[16 * v + l];
+          for (int l = 0; l < 16; l++) dense[decoder.column(v, l)] = permuted[16 * v + l];
         write_run(a.dx, row * a.weight.in + b * kBlock, least(kBlock, a.weight.in - b * kBlock), a.dtype, dense);
       }
   }
@@ -112,8 +119,7 @@ struct MatmulTStripe {
     for (int64_t i = 0; i < a.rows * width; i++) sums[i] = 0;
     for (int64_t chunk = 0; chunk < a.weight.out; chunk += kChunk) {
       const int64_t count = least(kChunk, a.weight.out - chunk);
-      for (int64_t row = 0; row < a.rows; row++)
-        read_run(a.dy, row * a.weight.out + chunk, count, a.dtype, dy + row * kChunk, kChunk);
+      for (int64_t row = 0; row < a.rows; row++) read_dy(row, chunk, count);
       for (int64_t o = 0; o < count; o += kTileOutputs) add_rows(chunk + o, o);
     }
     write_sums();

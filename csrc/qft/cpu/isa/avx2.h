@@ -8,9 +8,10 @@
 
 namespace qft::avx2 {
 
-constexpr int kTileOutputs = 1;  // outputs and rows of x that a matmul tile keeps in the 16 registers
-constexpr int kTileRows = 2;
-constexpr int kCandidates = 2;  // scales that a search tries at a time
+constexpr int kTileOutputs = 4;  // outputs and rows of x of a matmul tile
+constexpr int kTileRows = 4;
+constexpr int kOutputsAtOnce = 1;  // of those outputs: what the 16 registers hold beside a block's levels
+constexpr int kCandidates = 2;     // scales that a search tries at a time
 constexpr int kUnroll = 8;
 constexpr bool kHalfTables = false;  // whether tables of 16-bit weights can be looked up
 template <int bits>
@@ -84,18 +85,22 @@ static inline Codes load_words(const uint8_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
 }
-static inline __m256i with_fourth_words(__m128i first, __m128i second) {
-  const __m256i three = _mm256_blend_epi32(_mm256_set_m128i(second, first), _mm256_setzero_si256(), 0x88);
-  const auto each = [](int a, int b, int c) { return _mm256_setr_epi32(a, b, c, 0, a, b, c, 0); };
-  const __m256i planes =
-      _mm256_and_si256(_mm256_srlv_epi32(three, each(3, 2, 1)), each(0x11111111, 0x22222222, 0x44444444));
-  const __m256i pairs = _mm256_or_si256(planes, _mm256_shuffle_epi32(planes, _MM_SHUFFLE(2, 3, 0, 1)));
-  return _mm256_blend_epi32(three, _mm256_or_si256(pairs, _mm256_shuffle_epi32(pairs, _MM_SHUFFLE(1, 0, 3, 2))), 0x88);
-}
+// The fourth word of a record is picked bit by bit from the spare bits of the other three, brought to its lane. Records
+// 0 and 1 leave the fourth lane of their half free; 2 and 3, read from four bytes before, the first: so the same few
+// shuffles serve all, and no load passes the 48 bytes.
 static inline Codes load_records(const uint8_t* p) {
   const auto at = [p](int byte) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + byte)); };
-  return {with_fourth_words(at(0), at(12)),
-          with_fourth_words(at(24), _mm_srli_si128(at(32), 4))};  // 48 bytes, not one more
+  const auto halves = [](int a, int b, int c, int d) { return _mm256_setr_epi32(a, b, c, d, a, b, c, d); };
+  const auto planes = [](__m256i words, __m256i shifts, __m256i bits) {
+    return _mm256_and_si256(_mm256_srlv_epi32(words, shifts), bits);
+  };
+  const __m256i front = _mm256_set_m128i(at(12), at(0)), back = _mm256_set_m128i(at(32), at(20));
+  const __m256i a = planes(front, halves(3, 2, 1, 0), halves(0x11111111, 0x22222222, 0x44444444, 0));
+  const __m256i b = planes(back, halves(0, 3, 2, 1), halves(0, 0x11111111, 0x22222222, 0x44444444));
+  const __m256i pairs = _mm256_or_si256(_mm256_unpacklo_epi32(b, a), _mm256_unpackhi_epi32(b, a));
+  const __m256i fourth = _mm256_or_si256(pairs, _mm256_shuffle_epi32(pairs, _MM_SHUFFLE(1, 0, 3, 2)));
+  return {_mm256_blend_epi32(front, fourth, 0x88),
+          _mm256_shuffle_epi32(_mm256_blend_epi32(back, fourth, 0x11), _MM_SHUFFLE(0, 3, 2, 1))};
 }
 static inline void load_octets(const uint8_t* p, Codes* low, Codes* high) {
   const auto split = [](__m256i a, __m256i b, __m256i* even, __m256i* odd) {
@@ -142,7 +147,8 @@ static inline Vec gather(const float* table, const uint8_t* p) {
   return {_mm256_i32gather_ps(table, at.low, 4), _mm256_i32gather_ps(table, at.high, 4)};
 }
 
-// vpermps reads the low three bits of an index: 8 levels are one register, 16 are two chosen between by the fourth bit.
+// vpermilps reads the low two bits of an index, vpermps three: 8 levels are one register, 16 are two chosen between by
+// the fourth bit.
 template <int bits>
 struct Table {
   __m256 below, above;
@@ -166,11 +172,93 @@ struct Table {
 
  private:
   __m256 look_up(__m256i code) const {
+    if constexpr (bits < 3) return _mm256_permutevar_ps(below, code);
     const __m256 lower = _mm256_permutevar8x32_ps(below, code);
     if constexpr (bits < 4) return lower;
     return _mm256_blendv_ps(lower, _mm256_permutevar8x32_ps(above, code),
                             _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
   }
+};
+
+// Levels for products, from bytes where that takes fewer instructions than lane by lane: of codes of 4 bits and more.
+template <Levels kind, int bits>
+struct ByteLevels {
+  static constexpr bool used = false;
+  static constexpr float unit = 1;
+  static constexpr int column(int v, int l) { return code_at(v, l); }
+  ByteLevels(const float*, bool) {}
+};
+
+// Of 32 codes at a time, vpshufb looks up the first bytes of their levels, the second ones ..., which unpacking puts
+// together. Four lanes hold codes of one 32.
+template <>
+struct ByteLevels<Levels::codebook, 4> {
+  static constexpr bool used = true;
+  static constexpr float unit = 1;
+  static constexpr int column(int v, int l) {
+    const int byte = 8 * (v / 4) + 4 * (v % 2) + l % 4, nibble = v / 2 % 2;
+    return 32 * (l / 4) + 2 * byte + nibble;
+  }
+  __m256i table[4];
+
+  ByteLevels(const float* levels, bool) {
+    for (int i = 0; i < 4; i++) {
+      alignas(16) uint8_t bytes[16];
+      for (int c = 0; c < 16; c++) bytes[c] = static_cast<uint8_t>(bits_of(levels[c]) >> (8 * i));
+      table[i] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
+    }
+  }
+  Vec operator()(Codes low, Codes, int v) const {
+    const __m256i pairs = v < 4 ? _mm256_unpacklo_epi64(low.low, low.high) : _mm256_unpackhi_epi64(low.low, low.high);
+    const __m256i codes = _mm256_and_si256(v % 4 < 2 ? pairs : _mm256_srli_epi32(pairs, 4), _mm256_set1_epi8(15));
+    const auto look_up = [&](int i) { return _mm256_shuffle_epi8(table[i], codes); };
+    const auto floats = [v](__m256i first, __m256i second) {
+      return _mm256_castsi256_ps(v % 2 ? _mm256_unpackhi_epi16(first, second) : _mm256_unpacklo_epi16(first, second));
+    };
+    return {floats(_mm256_unpacklo_epi8(look_up(0), look_up(1)), _mm256_unpacklo_epi8(look_up(2), look_up(3))),
+            floats(_mm256_unpackhi_epi8(look_up(0), look_up(1)), _mm256_unpackhi_epi8(look_up(2), look_up(3)))};
+  }
+};
+
+// Integers convert. A byte that has a sign goes to the top of its lane, where it is 2^24 levels: activations are scaled
+// to match, which takes nothing above 2^-118 from a product. With zero points to subtract none has a sign, and bytes go
+// to the bottom.
+template <int bits>
+struct IntegerBytes {
+  static constexpr bool used = true;
+  static constexpr int column(int v, int l) { return code_at(v, l); }
+  float unit;
+  __m256i offset, to_lanes[4];  // to_lanes[i] picks byte i of each lane
+
+  IntegerBytes(const float*, bool zero)
+      : unit(zero ? 1 : 0x1p-24f), offset(_mm256_set1_epi8(static_cast<char>(zero ? 0 : 1 << (bits - 1)))) {
+    const __m256i first = _mm256_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12);
+    for (int i = 0; i < 4; i++) {
+      const __m256i byte = _mm256_add_epi32(first, _mm256_set1_epi32(i));
+      to_lanes[i] = zero ? _mm256_or_si256(byte, _mm256_set1_epi32(static_cast<int>(0x80808000)))
+                         : _mm256_or_si256(_mm256_slli_epi32(byte, 24), _mm256_set1_epi32(0x00808080));
+    }
+  }
+  Vec operator()(Codes low, Codes high, int v) const {
+    if constexpr (bits == 8) return levels(v < 4 ? low : high, v % 4);
+    const Codes codes = v % 2 ? shift_right(low, 4) : low;
+    const __m256i nibble = _mm256_set1_epi8(15);
+    return levels({_mm256_and_si256(codes.low, nibble), _mm256_and_si256(codes.high, nibble)}, v / 2);
+  }
+
+ private:
+  Vec levels(Codes bytes, int i) const {
+    return to_float({_mm256_shuffle_epi8(_mm256_sub_epi8(bytes.low, offset), to_lanes[i]),
+                     _mm256_shuffle_epi8(_mm256_sub_epi8(bytes.high, offset), to_lanes[i])});
+  }
+};
+template <>
+struct ByteLevels<Levels::integer, 4> : IntegerBytes<4> {
+  using IntegerBytes::IntegerBytes;
+};
+template <>
+struct ByteLevels<Levels::integer, 8> : IntegerBytes<8> {
+  using IntegerBytes::IntegerBytes;
 };
 
 struct LaneScales {

@@ -1,4 +1,5 @@
-// The vector words of the kernels with AVX-512 (F, BW, DQ, VL): one register holds the 16 lanes.
+// The vector words of the kernels with AVX-512 (F, BW, DQ, VL): one register holds the 16 lanes. Also part of the words
+// of instruction sets that know more.
 #pragma once
 
 #include <immintrin.h>
@@ -6,10 +7,11 @@
 #include "qft/cpu/numbers.h"
 #include "qft/decode.h"
 
-namespace qft::avx512 {
+namespace qft::QFT_ISA {
 
 constexpr int kTileOutputs = 4;  // outputs and rows of x that a matmul tile keeps in the 32 registers
 constexpr int kTileRows = 4;
+constexpr int kOutputsAtOnce = 4;
 constexpr int kCandidates = 8;  // scales that a search tries at a time
 constexpr int kUnroll = 8;
 
@@ -119,6 +121,15 @@ struct Table {
   }
 };
 
+// Levels for products by a way of the instruction set's own, better than the decoder's: none here.
+template <Levels, int>
+struct ByteLevels {
+  static constexpr bool used = false;
+  static constexpr float unit = 1;
+  static constexpr int column(int v, int l) { return code_at(v, l); }
+  ByteLevels(const float*, bool) {}
+};
+
 struct LaneScales {
   Codes from;
   __mmask8 read;
@@ -197,4 +208,4 @@ static inline void store_halves(uint16_t* p, __m512i a) { _mm512_storeu_si512(p,
 static inline void stream_halves(uint16_t* p, __m512i a) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), a); }
 static inline void finish_streams() { _mm_sfence(); }
 
-}  // namespace qft::avx512
+}  // namespace qft::QFT_ISA

@@ -11,6 +11,7 @@ namespace qft::scalar {
 
 constexpr int kTileOutputs = 1;  // outputs and rows of x of a matmul tile
 constexpr int kTileRows = 1;
+constexpr int kOutputsAtOnce = 1;    // whose sums of a block a tile keeps in registers
 constexpr int kCandidates = 1;       // scales that a search tries at a time
 constexpr int kUnroll = 1;           // of the 8 vectors of a block: where registers hold them
 constexpr bool kHalfTables = false;  // whether tables of 16-bit weights can be looked up
@@ -178,6 +179,15 @@ struct Table {
   void set_weights(const Table& levels, Vec scale, Vec zero_point) {
     QFT_LANES entry[l] = (levels.entry[l] - zero_point.lane[0]) * scale.lane[0];
   }
+};
+
+// Levels for products by a way of the instruction set's own, better than the decoder's: none here.
+template <Levels, int>
+struct ByteLevels {
+  static constexpr bool used = false;
+  static constexpr float unit = 1;
+  static constexpr int column(int v, int l) { return code_at(v, l); }
+  ByteLevels(const float*, bool) {}
 };
 
 // spreads `count` numbers, 1, 2 or 4, over the lanes: each to 16 / count of them
