@@ -47,6 +47,7 @@ bench: $(READY)
 bench-full: $(READY)
 	$(PY) bench/format_errors.py
 	$(PY) bench/instructions.py
+	$(PY) bench/crossovers.py
 	$(PY) bench/speed.py
 	$(if $(GGML),$(PY) bench/ggml.py --ggml $(GGML))
 	$(PY) bench/scaling.py

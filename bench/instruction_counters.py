@@ -14,16 +14,19 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from qft.compiler.emit import CPU_FLAGS, FLAGS, emit, emit_registry, symbol
+from qft.compiler.emit import CPU_FLAGS, FLAGS, emit, emit_registry, symbol, table_code
 from qft.compiler.jit import find_compiler
+from qft.format import Format
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATES = ROOT / "csrc"
 DRIVER = ROOT / "bench" / "instructions.cpp"
-TRAPPED = ("avx512",)  # instruction sets that valgrind cannot run
+TRAPPED = ("avx512", "avx512_bf16")  # instruction sets that valgrind cannot run
+AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c", "bmi2"}
 NEEDED = {
     "avx2": {"avx2", "fma", "f16c", "bmi2"},
-    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c", "bmi2"},
+    "avx512": AVX512,
+    "avx512_bf16": {*AVX512, "avx512_bf16"},
 }
 
 
@@ -81,8 +84,9 @@ def build(isa: str, codes: Sequence[str], folder: Path, templates: Path = TEMPLA
     Raises:
         OSError: the compiler fails; the message carries its first error line.
     """
+    tables = [table_code(Format(code, 64), isa) for code in codes]
     objects = []
-    for code in codes:
+    for code in dict.fromkeys(tables):
         built = built_object(code, isa) if templates == TEMPLATES else None
         if built is None:
             source = folder / f"{symbol(code)}.cpp"
@@ -91,7 +95,7 @@ def build(isa: str, codes: Sequence[str], folder: Path, templates: Path = TEMPLA
             built = _compile(source, folder / f"{symbol(code)}-{isa}.o", templates, flags)
         objects.append(str(built))
     registry = folder / f"registry-{isa}.cpp"
-    registry.write_text(emit_registry([(code, isa) for code in codes]))
+    registry.write_text(emit_registry([(code, isa) for code in tables]))
     for source in (registry, DRIVER):
         objects.append(str(_compile(source, folder / f"{source.stem}.o", templates)))
     program = folder / f"instructions-{isa}"

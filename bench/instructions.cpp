@@ -94,7 +94,7 @@ struct Arrays {
   int64_t groups, row_bytes, bad = 0;
   std::vector<uint16_t> dense, x, dy, y, dx, out;
   std::vector<uint8_t> codes, scale_codes;
-  std::vector<float> scales, zeros, absmax, map, factors, workspace, ds;
+  std::vector<float> scales, zeros, absmax, map, levels, factors, workspace, ds;
   float offset = 0;
   qft::QuantizeArgs quantize{};
   qft::DequantizeArgs dequantize{};
@@ -120,8 +120,10 @@ struct Arrays {
         zeros(scales.size()),
         absmax(scales.size() / qft::kDqBlock + 1, 1),
         map(256, 0.5f),
+        levels(16),
         workspace(static_cast<size_t>(kernels.matmul_workspace(call.outputs, call.columns, call.rows, 0))),
         ds(scales.size()) {
+    for (int i = 0; i < 16; i++) levels[i] = static_cast<float>(i) / 8 - 1;
     for (int i = 0; i < call.factors; i++) factors.push_back(1 - static_cast<float>(i) / 64);
     quantize.weight = dense.data();
     quantize.out = call.outputs;
@@ -133,6 +135,8 @@ struct Arrays {
     quantize.zero = call.zero;
     quantize.scale_kind = Scale::f32;
     quantize.zero_kind = Dtype::f32;
+    quantize.levels = levels.data();
+    quantize.count = 1 << (call.bits < 8 ? call.bits : 4);
     quantize.factors = call.factors ? factors.data() : nullptr;
     quantize.factor_count = call.factors;
     quantize.codes = codes.data();
@@ -149,6 +153,7 @@ struct Arrays {
     weight.absmax = absmax.data();
     weight.offset = &offset;
     weight.dynamic_map = map.data();
+    weight.levels = levels.data();
     weight.out = call.outputs;
     weight.in = call.columns;
     weight.row_bytes = row_bytes;

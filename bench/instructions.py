@@ -161,23 +161,23 @@ def allowed(number: float) -> float:
     return math.ceil(budget * 10**digits) / 10**digits
 
 
-def budgets(counts: Iterable[Count], loops: Sequence[Loop], by: str) -> str:
+def budgets(counts: Iterable[Count], loops: dict[str, list[Loop]], by: str) -> str:
     """tests/instructions.toml."""
     parts = [
         "# What tests/test_instructions.py holds the CPU kernels to: counted, with 5 per cent added. Written by",
         "# `python bench/instructions.py --budgets`; say in the commit why a number grows.",
         f'compiler = "{by}"',
         "",
-        "# Instructions of the AVX-512 kernels' innermost loops, at a turn.",
-        "[loops]",
-        *(f'"{name}" = {math.floor(ALLOWANCE * number)}' for name, number in sorted(most(loops).items())),
-        "",
-        "# Vectors that those loops move to or from the stack, at a turn; a loop not named here moves none.",
-        "[stack]",
-        *(f'"{name}" = {number}' for name, number in sorted(most(loops, "stack").items()) if number),
-        "",
-        "# Instructions per code.",
+        "# Instructions of the innermost loops of kernels with AVX-512, at a turn.",
     ]
+    for isa in TRAPPED:
+        numbers = sorted(most(loops.get(isa, [])).items())
+        parts += [f"[loops.{isa}]", *(f'"{name}" = {math.floor(ALLOWANCE * number)}' for name, number in numbers)]
+    parts += ["", "# Vectors that those loops move to or from the stack, at a turn; a loop not named here moves none."]
+    for isa in TRAPPED:
+        numbers = sorted(most(loops.get(isa, []), "stack").items())
+        parts += [f"[stack.{isa}]", *(f'"{name}" = {number}' for name, number in numbers if number)]
+    parts += ["", "# Instructions per code."]
     tables: dict[str, dict[str, list[str]]] = {}
     for one in counts:
         tables.setdefault(one.isa, {}).setdefault(one.work, []).append(f"{one.code} = {allowed(one.per_code):g}")
@@ -292,7 +292,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.loops:
         print("\n\n".join(map(loops_table, loops.values())))
     elif options.budgets and not skipped:
-        print(budgets(counts, loops.get("avx512", []), compiler()), end="")
+        print(budgets(counts, loops, compiler()), end="")
     elif counts and not options.budgets:
         print("\n\n".join(counts_table(counts, isa) for isa in options.isa if isa not in skipped))
         options.output.write_text(spelled(report(counts, skipped, loops)))

@@ -20,6 +20,7 @@ from torch.autograd.graph import increment_version
 from . import native, reference
 from .compiler.emit import CPU_FLAGS, generic_code, table_code
 from .compiler.jit import build
+from .crossovers import Rows, rows_served, spell
 from .format import CODEBOOKS, INTEGERS, Format
 from .notices import say_once
 
@@ -37,15 +38,6 @@ PANEL_BYTES = {"cpu": 8 << 20, "cuda": 32 << 20}
 # and shares its outputs among threads in large pieces. CPU: measured on 4 cores with AVX-512 at 128 rows, 4096 x 14336
 # in bf16: panels of 128 outputs take 1.3 times as long as the whole weight, of 256 and 512 1.05, of 320 1.75.
 PANEL_OUTPUTS = 256
-
-# Above this many rows a panel product is taken, by device and dtype; dtypes left out take one at any number of rows.
-# CPU: measured on 4 cores with AVX-512, 4096 x 4096, nf4 g64: in bf16 the two cross between 24 and 32 rows (dx: near
-# 48); in fp32 and fp16 the row kernels still led by 2.2x at 96 rows, but AVX2's are about a third as fast.
-# CUDA: what one launch of the small product covers; not measured yet (`make gpu-bench` times both sides of it).
-PANEL_ROWS = {
-    "cpu": {torch.float32: 128, torch.bfloat16: 24, torch.float16: 128},
-    "cuda": {torch.bfloat16: 64, torch.float16: 64},
-}
 
 # Up to this many rows, 16 at most, a GPU looks 16 levels up two at a time in shared memory; above, by byte permutes.
 # Counted from the sm_90a code, not measured: permutes are bound by integer instructions to 20 codes a clock and
@@ -72,13 +64,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One row of the table. `cannot` and `slower` return why not, or None; `about` says what it does."""
+    """One row of the table. `cannot` and `slower`, which is told the row's name, return why not, or None; `about` says
+    what it does."""
 
     name: str
     verbs: tuple[str, ...]
     about: str
     cannot: Callable[[Problem], str | None]
-    slower: Callable[[Problem], str | None] = field(default=lambda problem: None)
+    slower: Callable[[Problem, str], str | None] = field(default=lambda problem, name: None)
 
 
 @dataclass(frozen=True)
@@ -149,25 +142,36 @@ def _without(isa: str) -> Callable[[Problem], str | None]:
     return cannot
 
 
-def _panel_limit(problem: Problem) -> int:
-    """Rows up to which a kernel of qft's own multiplies; a panel product takes over above them."""
-    if problem.kind == "cuda" and problem.verb == "matmul_t":
-        return 0
-    return PANEL_ROWS.get(problem.kind, {}).get(problem.dtype, 0)
+def _rows_served(problem: Problem, name: str) -> Rows:
+    """The rows for which a kernel was the fastest; generic, which was not timed, is as slow as scalar."""
+    machine = ("cuda",) if problem.kind == "cuda" else native.instruction_sets()
+    dtype = str(problem.dtype).removeprefix("torch.")
+    return rows_served("scalar" if name == "generic" else name, problem.verb, dtype, machine)
 
 
-def _many_rows(problem: Problem) -> str | None:
-    limit = _panel_limit(problem)
-    if problem.verb not in ("matmul", "matmul_t") or problem.rows <= limit or _no_thread_pool():
+def _many_rows(problem: Problem, name: str) -> str | None:
+    """Why a row kernel leaves a product to a panel, or to a plainer row kernel."""
+    if problem.verb not in ("matmul", "matmul_t"):
         return None
-    return f"{problem.rows} rows: above {limit} a panel product is faster"
-
-
-def _few_rows(problem: Problem) -> str | None:
-    limit = _panel_limit(problem)
-    if problem.verb == "scale_grad" or problem.rows > limit:
+    least, most = _rows_served(problem, name)
+    rows = max(problem.rows, 1)
+    if least <= rows and (most is None or rows <= most or _no_thread_pool()):
         return None
-    return f"{problem.rows} rows: up to {limit} the row kernels are faster"
+    return f"{problem.rows} rows: it is the fastest for {spell((least, most))}"
+
+
+def _few_rows(problem: Problem, name: str) -> str | None:
+    """Why a panel leaves a product to a row kernel."""
+    if problem.verb == "scale_grad":
+        return None
+    for kernel in TABLE:
+        if kernel.slower is _many_rows and _many_rows(problem, kernel.name) is None and _runs(kernel, problem):
+            return f"{problem.rows} rows: {kernel.name} is faster for {spell(_rows_served(problem, kernel.name))}"
+    return None
+
+
+def _runs(kernel: Kernel, problem: Problem) -> bool:
+    return problem.verb in kernel.verbs and kernel.cannot(problem) is None
 
 
 def _no_thread_pool() -> bool:
@@ -196,12 +200,13 @@ def _is_built(fmt: Format) -> bool:
 
 def _compiled(fmt: Format, isa: str) -> bool:
     """Whether a CPU's kernels for the format exist; levels of the user's own are compiled at first need."""
-    if (fmt.code, isa) in native.tables():
+    table = table_code(fmt, isa), isa
+    if table in native.tables():
         return True
     if _is_built(fmt):
         return False
     _compile_at_first_need(fmt.code)
-    return (fmt.code, isa) in native.tables()
+    return table in native.tables()
 
 
 @cache
@@ -218,7 +223,7 @@ def _compile_at_first_need(code: str, capability: tuple[int, int] | None = None)
 
 
 def _compile_for_cpu(fmt: Format) -> None:
-    wanted = [isa for isa in native.instruction_sets() if (fmt.code, isa) not in native.tables()]
+    wanted = [isa for isa in native.instruction_sets() if (table_code(fmt, isa), isa) not in native.tables()]
     if wanted and not _is_built(fmt):
         for library in build(dict.fromkeys(wanted, fmt.code)):
             _load(library)
@@ -250,7 +255,7 @@ def compile(fmt: Format | str) -> list[str]:
     """
     fmt = Format.parse(fmt)
     _compile_for_cpu(fmt)
-    made = [isa for isa in native.instruction_sets() if (fmt.code, isa) in native.tables()]
+    made = [isa for isa in native.instruction_sets() if (table_code(fmt, isa), isa) in native.tables()]
     if not torch.cuda.is_available() or (capability := torch.cuda.get_device_capability()) < OLDEST_GPU:
         return made
     if not native.serves(table_code(fmt, "cuda"), capability):
@@ -260,7 +265,8 @@ def compile(fmt: Format | str) -> list[str]:
 
 def _row_kernel(isa: str) -> Kernel:
     verbs = VERBS[:4]
-    return Kernel(isa, verbs, f"codes decoded in {isa} registers, row by row", _without(isa), _many_rows)
+    how = "bf16 multiplied by dot products" if isa == "avx512_bf16" else "row by row"
+    return Kernel(isa, verbs, f"codes decoded in {isa} registers, {how}", _without(isa), _many_rows)
 
 
 TABLE: tuple[Kernel, ...] = (
@@ -295,7 +301,7 @@ def choose(problem: Problem, name: str | None = None) -> Choice:
     for kernel in TABLE:
         if problem.verb not in kernel.verbs or name not in (None, kernel.name):
             continue
-        reason = kernel.cannot(problem) or (kernel.slower(problem) if name is None else None)
+        reason = kernel.cannot(problem) or (kernel.slower(problem, kernel.name) if name is None else None)
         if reason is None:
             return Choice(kernel, tuple(passed_over))
         passed_over.append((kernel.name, reason))
@@ -381,7 +387,7 @@ def dequantize(
         dense = reference.dequantize(q.unpack(), q.scales, q.zeros, q.format, dtype)
         return dense if out is None else out.copy_(dense)
     if out is None:
-        out = torch.empty(q.shape, dtype=dtype, device=q.weight.device)
+        out = native.empty(*q.shape, dtype=dtype, device=q.weight.device)
     else:
         increment_version(out)  # what autograd may have kept of it is overwritten
     native.dequantize(q, out, (0, q.shape[0]), (0, q.shape[1]), *table)
@@ -452,8 +458,10 @@ def _panels(total: int, bytes_each: int, multiple: int, device: str) -> list[tup
 
 
 def product_dtype(dtype: torch.dtype, device: str = "cpu") -> torch.dtype:
-    """Dtype for dense products of `dtype`: torch.mm multiplies fp16 on a CPU up to a hundred times slower than fp32."""
-    return torch.float32 if dtype == torch.float16 and device == "cpu" else dtype
+    """Dtype for dense products of `dtype`: on a CPU torch.mm multiplies fp16 up to a hundred times slower than fp32,
+    and bf16 forty times where there is AVX2 and no AVX-512 (timed with torch held to AVX2)."""
+    slow = dtype == torch.float16 or (dtype == torch.bfloat16 and native.instruction_sets()[-1] == "avx2")
+    return torch.float32 if slow and device == "cpu" else dtype
 
 
 def _row_chunks(rows: int, width: int) -> list[tuple[int, int]]:

@@ -120,6 +120,14 @@ def load(path: str, target: str = "") -> None:
     tables()[kernels.code, kernels.isa] = kernels
 
 
+def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.empty; on a CPU, what is large asks for pages of 2 MiB, which are written and read faster."""
+    fresh = torch.empty(shape, dtype=dtype, device=device)
+    if device == _CPU:
+        _native.ask_for_huge_pages(fresh.data_ptr(), fresh.nbytes)
+    return fresh
+
+
 def _scratch(floats: int, device: torch.device) -> Tensor | None:
     return torch.empty(floats, dtype=torch.float32, device=device) if floats else None
 
@@ -241,8 +249,8 @@ def quantize(
     address = check(weight, (out, in_features), weight.dtype, "weight", device)
     groups = fmt.groups(in_features)
     scale_dtype = torch.float32 if fmt.scale == "dq" else TORCH_DTYPE[fmt.scale]
-    codes = torch.empty(out, fmt.row_bytes(in_features), dtype=torch.uint8, device=device)
-    scales = torch.empty(out, groups, dtype=scale_dtype, device=device)
+    codes = empty(out, fmt.row_bytes(in_features), dtype=torch.uint8, device=device)
+    scales = empty(out, groups, dtype=scale_dtype, device=device)
     zeros = torch.empty(out, groups, dtype=TORCH_DTYPE[ZERO_DTYPE[fmt.scale]], device=device) if fmt.zero else None
     bad = torch.empty(1, dtype=torch.int64, device=device)
     factors = _factors(fmt, device) if search else None

@@ -35,6 +35,26 @@ def fresh_choice():
     kernels._chosen.cache_clear()
 
 
+@pytest.fixture
+def needs_compiler(monkeypatch, fresh_choice):
+    """As on a machine whose instruction sets all need levels of one's own compiled."""
+    from qft import native
+    from qft.compiler.emit import SHARED
+
+    sets = tuple(isa for isa in native.instruction_sets() if isa not in SHARED)
+    monkeypatch.setattr(native, "instruction_sets", lambda: sets)
+
+
+@pytest.fixture
+def panels_above(monkeypatch, fresh_choice):
+    """Row kernels serve up to 128 rows, panels more, whatever was measured for this machine."""
+    from formats import ABOVE
+
+    from qft import kernels
+
+    monkeypatch.setattr(kernels, "rows_served", lambda kernel, verb, dtype, machine: (1, ABOVE - 1))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def two_threads():
     """Most tensors here are tiny: more threads than the smallest machine has only wait for each other."""

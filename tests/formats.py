@@ -49,6 +49,7 @@ FORMATS = tuple(
 SHAPES = ((1, 1), (1, 64), (7, 129), (33, 100), (13, 31), (3, 4128), (64, 256))
 ODD = (33, 100)
 REAL = (4096, 1024)  # one real layer
+ABOVE = 129  # rows that take panel products, and 128 row kernels, where a test asks for `panels_above`
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = (1, 7, 129)

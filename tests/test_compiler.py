@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from formats import ELEVEN, FORMATS, TWO, error
+from formats import BOUND, ELEVEN, FORMATS, TWO, error
 
 import qft
 from qft import kernels, native, notices, reference
@@ -329,11 +329,26 @@ def test_the_cache_has_a_home(monkeypatch, tmp_path):
 @pytest.mark.parametrize("code", [ELEVEN, TWO])
 def test_levels_of_ones_own_become_kernels(code, kernel_cache):
     assert qft.compile(f"{code} g64") == list(native.instruction_sets())
-    assert {f"{emit.symbol(code)}-{isa}" for isa in native.instruction_sets()} <= {
+    assert {f"{emit.symbol(code)}-{isa}" for isa in native.instruction_sets() if isa not in emit.SHARED} <= {
         path.name.rpartition("-")[0] for path in kernel_cache.iterdir()
     }
     choices = qft.explain(f"{code} g64 f32", 64, 64, rows=1)
     assert choices["matmul"].kernel.name == native.instruction_sets()[-1]
+
+
+@pytest.mark.skipif("avx512_bf16" not in native.instruction_sets(), reason="this machine has no avx512_bf16")
+def test_where_all_codebooks_share_kernels_levels_of_ones_own_need_no_compiler(monkeypatch, tmp_path, caplog):
+    no_compiler(monkeypatch, tmp_path)
+    notices.say_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "qft"):
+        q = qft.quantize(torch.randn(33, 100), "[-1 -0.61 -0.33 0.006 0.28 0.61 1] g64")
+        taken = {verb: choice.kernel.name for verb, choice in qft.explain(q.format, 33, 100, rows=8).items()}
+    assert caplog.messages == []
+    assert {taken[verb] for verb in ("quantize", "dequantize", "matmul", "matmul_t")} == {"avx512_bf16"}
+    exact = reference.dequantize(q.unpack(), q.scales, None, q.format)
+    assert torch.equal(q.dequantize(), exact)
+    x = torch.randn(8, 100, dtype=torch.bfloat16)
+    assert error(kernels.matmul(x, q), x.double() @ exact.double().T) < BOUND[torch.bfloat16]
 
 
 def test_another_process_takes_the_kernels_from_the_cache(python, kernel_cache):
@@ -349,6 +364,7 @@ def products(q, kernel):
     return [kernels.matmul(x, q, kernel), kernels.matmul_t(dy, q, kernel), kernels.dequantize(q, torch.float32, kernel)]
 
 
+@pytest.mark.usefixtures("needs_compiler")
 def test_without_a_compiler_the_generic_kernel_runs_and_says_so_once(cache, monkeypatch, tmp_path, caplog):
     code = "[-1 -0.61 -0.33 0.007 0.28 0.61 1]"
     weight = torch.randn(33, 100)
@@ -377,6 +393,7 @@ def test_without_a_compiler_the_generic_kernel_runs_and_says_so_once(cache, monk
     assert all(torch.equal(a, b) for a, b in zip(products(q, "scalar"), few, strict=True))
 
 
+@pytest.mark.usefixtures("needs_compiler")
 def test_a_failing_compiler_runs_once_and_not_at_every_call(cache, compiler, caplog):
     runs = compiler(fail="echo 'error: broken'; exit 1")
     notices.say_once.cache_clear()
@@ -389,6 +406,7 @@ def test_a_failing_compiler_runs_once_and_not_at_every_call(cache, compiler, cap
     assert message.endswith("could not compile [-1 -0.61 -0.33 0.008 0.28 0.61 1]: error: broken")
 
 
+@pytest.mark.usefixtures("needs_compiler")
 def test_a_library_the_machine_refuses_falls_back_too(cache, compiler, caplog):
     compiler()  # its "libraries" are text
     notices.say_once.cache_clear()

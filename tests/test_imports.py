@@ -24,6 +24,7 @@ ORDER = (
     "qft.reference",
     "qft.double_quant",
     "qft.native",
+    "qft.crossovers",
     "qft.kernels",
     "qft.tensor",
     "qft.stack",

@@ -11,7 +11,6 @@ from formats import (
     ELEVEN,
     FORMATS,
     FOUR,
-    KERNELS,
     ODD,
     OWN,
     REAL,
@@ -27,9 +26,10 @@ from formats import (
 
 import qft
 from qft import kernels, native, notices, reference
-from qft.compiler.emit import CPU_FLAGS, built_codes
+from qft.compiler.emit import CPU_FLAGS, built_codes, table_code
+from qft.crossovers import rows_served
 from qft.format import Format
-from qft.kernels import PANEL_ROWS, TABLE, Problem, choose
+from qft.kernels import TABLE, Problem, choose
 
 FEW = tuple(
     Format.parse(t) for t in ("nf4 g64 dq", "nf3 channel f16", "int3 g32 f16 zero", "int8 g64", f"{ELEVEN} g64")
@@ -178,6 +178,28 @@ def test_products_of_a_real_layer_match_float64(verb, fmt, kernel):
         CHECKS[verb](q, rows, dtype, kernel)
 
 
+@pytest.mark.parametrize("kernel", CPU_FLAGS)
+@pytest.mark.parametrize("text", ["nf4 g64 dq", "int3 g32 f16 zero", "nf2 g32", "int8 g64 zero"])
+def test_products_at_the_edges_of_tiles_of_rows(text, kernel, poisoned):
+    """Numbers of rows around those that kernels take at a time, odd numbers of outputs, columns that end in a block."""
+    need(kernel)
+    for shape in ((67, 300), (129, 31)):
+        q = qft.quantize(sample(shape), text)
+        for rows in (2, 3, 4, 5, 6, 8, 9, 15, 16, 17, 32, 33, 48, 49, 97):
+            check_matmul(q, rows, torch.bfloat16, kernel)
+            check_matmul_t(q, rows, torch.bfloat16, kernel)
+
+
+@pytest.mark.parametrize("text", ["nf4 g64", "int4 g32 f16 zero"])
+def test_rows_that_a_kernel_packs_in_several_times(text, poisoned):
+    """More rows than a core's sums of them find room for, and rows too long for many of them."""
+    need("avx512_bf16")
+    for shape, rows in (((5, 100), 1100), ((3, 40000), 230), ((40000, 3), 230)):
+        q = qft.quantize(sample(shape), text)
+        check_matmul(q, rows, torch.bfloat16, "avx512_bf16")
+        check_matmul_t(q, rows, torch.bfloat16, "avx512_bf16")
+
+
 @pytest.mark.parametrize("verb", CHECKS)
 @pytest.mark.parametrize("fmt", FEW, ids=str)
 def test_many_small_panels_make_the_same_product(verb, fmt, poisoned, monkeypatch):
@@ -188,6 +210,19 @@ def test_many_small_panels_make_the_same_product(verb, fmt, poisoned, monkeypatc
     assert len(kernels._panels(1030, 4 * 67, native.BLOCK, "cpu")) > 4
     for dtype in DTYPES:
         CHECKS[verb](q, 33, dtype, "panel")
+
+
+@pytest.mark.parametrize("verb", CHECKS)
+def test_panels_multiply_in_the_dtype_that_torch_is_fast_in(verb, monkeypatch, poisoned):
+    q = qft.quantize(sample((67, 300)), "nf4 g64")
+    for best, dtypes in (
+        ("avx2", (torch.bfloat16, torch.float16)),
+        ("avx512", (torch.float16,)),
+        ("scalar", (torch.float16,)),
+    ):
+        monkeypatch.setattr(native, "instruction_sets", lambda best=best: ("scalar", best))
+        assert [dtype for dtype in DTYPES if kernels.product_dtype(dtype) != dtype] == list(dtypes)
+        CHECKS[verb](q, 33, torch.bfloat16, "panel")
 
 
 @pytest.mark.parametrize(("fmt", "kernel"), cases("matmul", CODES))
@@ -227,7 +262,7 @@ def test_dot_columns(isa, shape, poisoned):
     q = qft.quantize(torch.randn(2, 32), "nf4 g32")
     for dtype in DTYPES:
         a, b = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
-        total = native.dot_columns(a, b, q, "nf4", isa)
+        total = native.dot_columns(a, b, q, table_code(q.format, isa), isa)
         assert total.dtype == torch.float32
         exact = (a.double() * b.double()).sum(0)
         # one rounding per row, of a partial sum no larger than the sum of magnitudes; they add up as a random walk
@@ -325,24 +360,12 @@ def test_a_row_of_x_does_not_depend_on_the_others(kernel):
 # --------------------------------------------------------------------------------------------------- the table
 
 
-def test_one_row_is_for_row_kernels_and_many_for_panels():
-    for dtype, limit in PANEL_ROWS["cpu"].items():
-        for verb in ("matmul", "matmul_t"):
-            few, many = (qft.explain("nf4 g64", 64, 64, rows, dtype)[verb] for rows in (limit, limit + 1))
-            assert few.kernel.name == native.instruction_sets()[-1]
-            assert many.kernel.name == "panel" if len(native.instruction_sets()) > 1 else many.kernel.name in KERNELS
-
-
 def test_explain_says_why_each_row_before_was_passed_over():
     for fmt in FORMATS:
         for choice in qft.explain(fmt, 4096, 4096, rows=512).values():
             names = [row.name for row in TABLE]
             assert all(names.index(name) < names.index(choice.kernel.name) for name, _ in choice.passed_over)
             assert all(len(reason) > 10 for _, reason in choice.passed_over)
-    many = dict(qft.explain("nf4 g64", 4096, 4096, rows=512, dtype=torch.bfloat16)["matmul"].passed_over)
-    limit = PANEL_ROWS["cpu"][torch.bfloat16]
-    if "avx512" in native.instruction_sets():
-        assert many["avx512"] == f"512 rows: above {limit} a panel product is faster"
 
 
 def test_a_device_without_kernels_takes_the_reference_and_says_so():
@@ -469,7 +492,7 @@ def chosen(verb, dtype=torch.bfloat16, rows=1, fmt="nf4 g64"):
 def test_a_gpu_takes_few_rows_by_its_own_kernel_and_many_by_panels(fmt, pretend_gpu):
     pretend_gpu()
     for dtype in (torch.bfloat16, torch.float16):
-        limit = PANEL_ROWS["cuda"][dtype]
+        limit = limit_on_gpu(dtype)
         assert chosen("matmul", dtype, 1, fmt) == chosen("matmul", dtype, limit, fmt) == "cuda"
         assert chosen("matmul", dtype, limit + 1, fmt) == "panel"
     assert chosen("matmul", torch.float32, 1, fmt) == "panel"
@@ -484,13 +507,13 @@ def test_explain_says_what_the_gpu_takes_and_why(pretend_gpu):
     few, many = (qft.explain("nf4 g64", 4096, 4096, rows=rows, device="cuda")["matmul"] for rows in (1, 512))
     assert (few.kernel.name, few.passed_over) == ("cuda", ())
     assert "tensor cores" in few.kernel.about
-    assert dict(many.passed_over)["cuda"] == f"512 rows: above {limit_on_gpu()} a panel product is faster"
+    assert dict(many.passed_over)["cuda"] == f"512 rows: it is the fastest for 1 to {limit_on_gpu()}"
     single = qft.explain("nf4 g64", 4096, 4096, dtype=torch.float32, device="cuda")["matmul"]
     assert dict(single.passed_over)["cuda"] == "tensor cores multiply bfloat16 and float16, not float32"
 
 
-def limit_on_gpu():
-    return PANEL_ROWS["cuda"][torch.bfloat16]
+def limit_on_gpu(dtype=torch.bfloat16):
+    return rows_served("cuda", "matmul", str(dtype).removeprefix("torch."), ("cuda",))[1]
 
 
 SERVED = {
@@ -539,6 +562,7 @@ def test_for_a_gpu_it_was_not_built_for_nvcc_builds_the_kernels(pretend_gpu, mon
     assert (made, loaded) == ([({"cuda": "levels4"}, "89")], ["library"])
 
 
+@pytest.mark.usefixtures("needs_compiler")
 def test_a_cpus_first_need_builds_nothing_for_the_gpu_beside_it(pretend_gpu, monkeypatch, caplog):
     pretend_gpu((9, 0), ())
     asked = []

@@ -11,7 +11,7 @@ from formats import ELEVEN, FORMATS, FOUR, TWO, has_own_kernels, need
 
 import qft
 from qft import kernels, native
-from qft.compiler.emit import CPU_FLAGS, generic_code
+from qft.compiler.emit import CPU_FLAGS, generic_code, table_code
 
 
 def test_every_instruction_set_of_this_machine_has_every_named_code():
@@ -19,8 +19,8 @@ def test_every_instruction_set_of_this_machine_has_every_named_code():
     assert set(native.instruction_sets()) <= set(CPU_FLAGS)
     for fmt in FORMATS:
         for isa in native.instruction_sets() if has_own_kernels(fmt) else ():
-            assert native.tables()[fmt.code, isa].isa == isa
-            assert native.tables()[fmt.code, isa].code == fmt.code
+            table = table_code(fmt, isa), isa
+            assert (native.tables()[table].code, native.tables()[table].isa) == table
         assert has_own_kernels(fmt) or (generic_code(fmt), "scalar") in native.tables()
 
 
@@ -29,6 +29,18 @@ def test_the_module_links_no_torch_and_is_small():
     content = library.read_bytes()
     assert not any(name in content for name in (b"libtorch", b"libc10", b"libpython"))
     assert len(content) <= 10e6
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks Linux what a process's memory is made of")
+def test_large_memory_asks_for_huge_pages():
+    tensor = native.empty(16 << 20, dtype=torch.uint8, device=torch.device("cpu"))
+    inside = tensor.data_ptr() + (8 << 20)
+    for mapping in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE):
+        bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", mapping)
+        if bounds and int(bounds[1], 16) <= inside < int(bounds[2], 16):
+            assert " hg" in re.search(r"^VmFlags:(.*)$", mapping, re.MULTILINE)[1]  # advised to
+            return
+    pytest.fail("the tensor lies in no mapping")
 
 
 REFUSALS = {

@@ -11,19 +11,18 @@ from collections.abc import Callable
 import pytest
 import tiny_lm
 import torch
-from formats import BOUND, DTYPES, FORMATS, FOUR, ODD, REAL, error, sample
+from formats import ABOVE, BOUND, DTYPES, FORMATS, FOUR, ODD, REAL, error, sample
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import qft
-from qft import kernels
 from qft.format import Format, FormatError
 from qft.nn.linear import QuantLinear
 from qft.reference import per_weight
 from qft.tensor import STORED
 
-ABOVE = max(kernels.PANEL_ROWS["cpu"].values()) + 1  # rows for which every dtype takes panel products
+pytestmark = pytest.mark.usefixtures("panels_above")  # a row kernel has few rows, a panel many, on any machine
 
 # An operator's result carries two roundings to the activations' dtype: the weight's and its own. Bias and LoRA add six
 # (bias and both factors to that dtype, x At, the product, the sum); the rms of eight roundings is twice that of two.

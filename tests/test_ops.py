@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from formats import BOUND, DTYPES, FORMATS, FOUR, ODD, SHAPES, sample
+from formats import ABOVE, BOUND, DTYPES, FORMATS, FOUR, ODD, SHAPES, sample
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,7 +14,7 @@ from qft import double_quant, kernels, ops, reference
 from qft.format import Format
 from qft.tensor import QuantTensor, quantize
 
-ABOVE = max(kernels.PANEL_ROWS["cpu"].values()) + 1  # rows for which every dtype takes panel products
+pytestmark = pytest.mark.usefixtures("panels_above")  # a row kernel has few rows, a panel many, on any machine
 LEADING = ((), (1,), (2, 7), (0,), (3, 0), (ABOVE,))
 
 

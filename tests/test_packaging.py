@@ -53,7 +53,7 @@ def test_the_wheel_holds_templates_and_one_compiled_module(built):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         (metadata,) = [archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA")]
-    assert {"qft/csrc/qft/cpu/verbs.h", "qft/analysis/report_page.html.j2"} <= names
+    assert {"qft/csrc/qft/cpu/verbs.h", "qft/analysis/report_page.html.j2", "qft/crossovers.json"} <= names
     assert names >= MODULES
     assert len([name for name in names if name.endswith(".so")]) == 1
     assert {name.partition("/")[0] for name in names} == {"qft", "qft-0.1.0.dist-info"}

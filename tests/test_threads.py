@@ -51,9 +51,9 @@ def test_panel_products_repeat_at_the_same_number_of_threads(threads):
     for count in (1, 2, 4):
         threads(count)
         for call in (
-            lambda: kernels.matmul(x, q),
-            lambda: kernels.matmul_t(dy, q),
-            lambda: kernels.scale_grad(dy, x, q),
+            lambda: kernels.matmul(x, q, "panel"),
+            lambda: kernels.matmul_t(dy, q, "panel"),
+            lambda: kernels.scale_grad(dy, x, q, "panel"),
         ):
             assert torch.equal(call(), call())
 

@@ -7,6 +7,7 @@ import pytest
 import tiny_lm
 import torch
 import torch._inductor.config
+from formats import ABOVE
 from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -14,9 +15,10 @@ import qft
 from qft import kernels
 from qft.nn.linear import QuantLinear
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
-)  # peft reads it
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # peft reads it
+    pytest.mark.usefixtures("panels_above"),  # a row kernel has few rows, a panel many, on any machine
+]
 
 
 @pytest.fixture(autouse=True)
@@ -132,15 +134,12 @@ def test_a_block_is_one_graph_with_the_eager_results(make, fmt, amp):
     assert sum("matmul" in verb for verb in verbs) >= 7
 
 
-LIMIT = max(kernels.PANEL_ROWS["cpu"].values())
-
-
 def test_any_number_of_rows_runs_the_same_graph():
     """Which kernel multiplies depends on the number of rows, and is decided behind the operator."""
     module = own_lora("nf4 g64 f16").model.layers[0].mlp
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for rows in (2, 5, LIMIT, LIMIT + 1):
+        for rows in (2, 5, ABOVE - 1, ABOVE):
             x = torch.randn(rows, 64, requires_grad=True)
             y = compiled(x)
             y.square().sum().backward()
@@ -151,7 +150,7 @@ def test_any_number_of_rows_runs_the_same_graph():
 @pytest.mark.parametrize("make", [own_lora, pefts])
 def test_any_batch_and_length_run_the_same_graph_of_a_block(make):
     block = Block(make, "nf4 g64 f16", None)
-    sizes = [(2, 3), (3, 5), (4, LIMIT // 4), (5, LIMIT)]
+    sizes = [(2, 3), (3, 5), (4, (ABOVE - 1) // 4), (5, ABOVE - 1)]
     chosen = {
         kernels.choose(kernels.Problem("matmul", qft.Format.parse("nf4 g64 f16"), "cpu", torch.float32, a * b)).kernel
         for a, b in sizes

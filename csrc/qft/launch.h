@@ -104,7 +104,7 @@ struct ZeroScaleGradArgs {
 // A verb on a CUDA device is only launched; what fails there throws std::runtime_error.
 struct Kernels {
   const char* code;  // "nf4", "int3", "levels2" (any codebook of that width)
-  const char* isa;   // "scalar", "avx2", "avx512", "cuda"
+  const char* isa;   // "scalar", "avx2", "avx512", "avx512_bf16", "cuda"
   void (*quantize)(const QuantizeArgs&);
   void (*dequantize)(const DequantizeArgs&);
   void (*matmul)(const MatmulArgs&);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "qft/launch.h"
+#include "qft/pages.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -31,8 +32,10 @@ std::vector<std::string> instruction_sets() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   if (avx2) found.push_back("avx2");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     found.push_back("avx512");
+    if (__builtin_cpu_supports("avx512bf16")) found.push_back("avx512_bf16");
+  }
 #endif
   return found;
 }
@@ -182,6 +185,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("built_kernels", &built_kernels, py::return_value_policy::reference, "The kernels compiled ahead of time.");
   m.def("load_kernels", &load_kernels, py::return_value_policy::reference, "path"_a,
         "Load a library made by qft.compile.");
+  m.def("ask_for_huge_pages", &ask_for_huge_pages, "address"_a, "bytes"_a,
+        "Ask for pages of 2 MiB where memory that was not written yet holds whole ones.");
   m.attr("BLOCK") = kBlock;
 #ifdef QFT_CUDA_TARGETS
   m.attr("CUDA_TARGETS") = QFT_CUDA_TARGETS;

@@ -14,21 +14,24 @@ from ..format import CODEBOOKS, INTEGERS, Format
 # of a tile's rows in vector registers, where each load waits for its own: a third of the time of a product of one row.
 _VECTORS_AS_SPELLED = "-fno-tree-slp-vectorize"
 
+_AVX512 = (
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512dq",
+    "-mavx512vl",
+    "-mfma",
+    "-mf16c",
+    "-mbmi2",
+    "-mprefer-vector-width=512",
+    _VECTORS_AS_SPELLED,
+)
+
 # What each CPU instruction set's sources are compiled with; csrc/qft/cpu/isa holds a file of vectors of the same name.
 CPU_FLAGS: dict[str, tuple[str, ...]] = {
     "scalar": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c", "-mbmi2", _VECTORS_AS_SPELLED),
-    "avx512": (
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512dq",
-        "-mavx512vl",
-        "-mfma",
-        "-mf16c",
-        "-mbmi2",
-        "-mprefer-vector-width=512",
-        _VECTORS_AS_SPELLED,
-    ),
+    "avx512": _AVX512,
+    "avx512_bf16": (*_AVX512, "-mavx512bf16"),
 }
 # Contraction is off so that each product rounds where the reference rounds it; fused steps are spelled in the kernels.
 FLAGS = (
@@ -48,6 +51,10 @@ OLDEST_CUDA = (12, 0)  # release of nvcc: the first that knows sm_90a
 # Machine code for A100 and its kin, for Hopper, and PTX that drivers translate for whatever is newer.
 CUDA_TARGETS = ("arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_80,code=compute_80")
 
+# Instruction sets whose codebooks are all read at run time: a lookup takes as long whatever the table holds, and levels
+# of the user's own need no compiler there. Of the others only the plainest has such kernels beside its compiled ones.
+SHARED = ("avx512_bf16", "cuda")
+
 GENERIC_BITS = (1, 2, 3, 4)  # widths of codebooks read at run time
 GENERIC_CODES = tuple(f"levels{bits}" for bits in GENERIC_BITS)
 
@@ -58,8 +65,8 @@ def generic_code(fmt: Format) -> str:
 
 
 def table_code(fmt: Format, isa: str) -> str:
-    """Name of the kernels that run `fmt` on an instruction set. On CUDA all codebooks of a width share theirs."""
-    return generic_code(fmt) if isa == "cuda" and not fmt.is_integer else fmt.code
+    """Name of the kernels that run `fmt` on an instruction set; on some, all codebooks of a width share theirs."""
+    return generic_code(fmt) if isa in SHARED and not fmt.is_integer else fmt.code
 
 
 def symbol(code: str) -> str:
@@ -132,9 +139,8 @@ const int kBuiltKernelCount = {len(tables)};
 
 
 def built_codes(isa: str) -> list[str]:
-    """The codes compiled ahead of time for an instruction set. On a CPU, codebooks read at run time only need the
-    plainest; on CUDA there are no others, since a table lookup takes as long whatever the table holds."""
-    if isa == "cuda":
+    """The codes compiled ahead of time for an instruction set."""
+    if isa in SHARED:
         return [*GENERIC_CODES, *INTEGERS]
     return [*CODEBOOKS, *INTEGERS, *(GENERIC_CODES if isa == "scalar" else ())]
 

@@ -49,18 +49,16 @@ struct Companion {
   int64_t row_floats() const { return data && !in_place ? grouping.read_by(blocks(w.in)) : 0; }
 
   // where row o's numbers are stored, and the bytes that they take
-  int64_t stored_row() const { return w.groups * (kind == Scale::f32 ? 4 : kind == Scale::dq ? 1 : 2); }
+  int64_t stored_row() const { return w.groups * number_bytes(); }
   const char* stored(int64_t o) const { return static_cast<const char*>(data) + o * stored_row(); }
+  // bytes of a row before the numbers that block b reads
+  int64_t stored_before(int64_t b) const { return grouping.first(b) * number_bytes(); }
 
   // The row's numbers by group, those that blocks b0 .. b1 - 1 read being valid; `scratch` holds row_floats().
   const float* row(int64_t o, int64_t b0, int64_t b1, float* scratch) const {
     if (!data) return nullptr;
     if (in_place) return static_cast<const float*>(data) + o * w.groups;
-    const int64_t first = grouping.first(b0), end = grouping.read_by(b1), last = least(end, w.groups);
-    kind == Scale::dq
-        ? decode_dq(o, first, last, scratch)
-        : read_run(data, o * w.groups + first, last - first, static_cast<Dtype>(kind), scratch + first, 0);
-    for (int64_t g = last; g < end; g++) scratch[g] = scratch[last - 1];
+    decode(o, b0, b1, scratch);
     return scratch;
   }
 
@@ -72,6 +70,16 @@ struct Companion {
         data(numbers),
         kind(stored),
         in_place(stored == Scale::f32 && g.read_by(blocks(w.in)) <= w.groups) {}
+
+  int64_t number_bytes() const { return kind == Scale::f32 ? 4 : kind == Scale::dq ? 1 : 2; }
+
+  // out of line, for it is long and the kernels that call it are many
+  __attribute__((noinline)) void decode(int64_t o, int64_t b0, int64_t b1, float* to) const {
+    const int64_t first = grouping.first(b0), end = grouping.read_by(b1), last = least(end, w.groups);
+    kind == Scale::dq ? decode_dq(o, first, last, to)
+                      : read_run(data, o * w.groups + first, last - first, static_cast<Dtype>(kind), to + first, 0);
+    for (int64_t g = last; g < end; g++) to[g] = to[last - 1];
+  }
 
   // map[code] * absmax + offset with two roundings, as bitsandbytes decodes it
   void decode_dq(int64_t o, int64_t first, int64_t last, float* to) const {

@@ -19,6 +19,9 @@
 #include "qft/cpu/dot_columns.h"
 #include "qft/cpu/matmul.h"
 #include "qft/cpu/matmul_t.h"
+#ifdef __AVX512BF16__
+#include "qft/cpu/pair_verbs.h"
+#endif
 #include "qft/cpu/quantize.h"
 #include "qft/cpu/scale_grad.h"
 #include "qft/cpu/zero_scale_grad.h"
@@ -31,8 +34,12 @@ constexpr Kernels kernels_of(const char* isa) {
           isa,
           quantize<F>,
           dequantize<F>,
-          matmul<F>,
-          matmul_t<F>,
+#ifdef __AVX512BF16__
+          matmul_with_pairs<F>,
+          matmul_t_with_pairs<F>,
+#else
+          matmul<F>,     matmul_t<F>,
+#endif
           scale_grad<F>,
           dot_columns,
           zero_scale_grad<F>,
