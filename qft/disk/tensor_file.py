@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .. import native
 from ..format import FormatError
 
 DTYPE_NAMES = {
@@ -173,7 +174,8 @@ def read(path: Path, expected: Mapping[str, Stored]) -> dict[str, Tensor]:
                     raise FormatError(f"{name} in {path} is {kind} {list(shape)} and must be {wanted}; {_AGAIN}")
             for name, wanted in expected.items():
                 # a copy: the library maps the file, and an aligned tensor of our own outlives what becomes of it
-                tensors[name] = file.get_tensor(name).clone()
+                mapped = file.get_tensor(name)
+                tensors[name] = native.empty(*mapped.shape, dtype=mapped.dtype, device=mapped.device).copy_(mapped)
                 if hashlib.sha256(content_of(tensors[name])).hexdigest() != wanted.sha256:
                     raise FormatError(f"{name} in {path} has changed since it was written; {_AGAIN}")
     except SafetensorError as error:

@@ -69,8 +69,8 @@ def _leading_eigenvectors(residual: Tensor, moment: Tensor, rank: int, width: in
     device = residual.device
     basis = torch.randn(len(residual), width, device=device, dtype=torch.float64, generator=seeded(device))
     for _ in range(POWER_STEPS + 1):
-        basis = orthonormal(orthonormal(times_gram(basis)))
-    basis = orthonormal(basis)
+        basis = orthonormal(orthonormal(times_gram(basis).T)).T
+    basis = orthonormal(basis.T).T
     within = basis.T @ times_gram(basis)
     turn = torch.linalg.eigh((within + within.T) / 2).eigenvectors[:, -rank:].flip(1)
     return basis @ turn
