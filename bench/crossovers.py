@@ -52,7 +52,7 @@ TOLERANCE = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}  # keys of 
 
 BEHIND, OFTEN = 1.5, 2  # a kernel that a panel leads by this much, so many times in a row, is timed no further
 AHEAD = 4.0  # a lead at which rows that take too long to be timed are taken for granted
-TIE = 1.05  # what a plainer instruction set must lead by; text that both share runs alike on both
+TIE = 1.15  # what a plainer instruction set must lead by: text that both share runs alike on both, give or take noise
 SLOW = 0.3  # seconds of a call: nothing of more rows is timed
 
 # What holds torch's dense products (oneDNN, MKL, its own) to an instruction set. Nothing for scalar: processors for

@@ -10,11 +10,9 @@
 
 namespace qft::QFT_ISA {
 
-// Threads worth waking for so many products: one per five microseconds or so.
-static inline int team(int threads, int64_t products) {
-  const int64_t worth = products / (1 << 18) + 1;
-  return static_cast<int>(least(threads, worth));
-}
+// Threads of a product: one where it takes less than five microseconds or so, else all. Never some: libgomp ends the
+// threads that a smaller team leaves out, and the next product waits a tenth of a millisecond for new ones.
+static inline int team(int threads, int64_t products) { return products < 1 << 18 ? 1 : threads; }
 
 // x[rows][in] -> fp32 [blocks][rows][128] in the decoder's order and unit, zeros past the end; shared among the team
 template <class F>

@@ -12,7 +12,7 @@ namespace qft::QFT_ISA {
 
 constexpr int kPairRows = 8;
 constexpr int pair_outputs(int64_t rows) { return rows > 4 ? 2 : 4; }  // the sums of a tile stay in 16 registers
-constexpr int64_t kStretchBytes = 16 << 10;  // of activations, a third of the first-level cache
+constexpr int64_t kStretchBytes = 8 << 10;  // of activations, for each output of a tile: it uses them so many times
 
 // Outputs of a group: their codes in a stretch, a stretch ahead, find room beside the activations.
 constexpr int pair_group(int64_t rows) { return rows > 4 ? 16 : 8; }
@@ -189,7 +189,7 @@ class FewRows {
     if constexpr (most > 1)
       if (a_.rows - row < most) return some_rows<most - 1>(w, x, first, row);
     using Tile = PairTile<Block, most>;
-    constexpr int64_t fit = kStretchBytes / (most * kPairVectors * sizeof(Pairs));
+    constexpr int64_t fit = Tile::outputs * kStretchBytes / (most * kPairVectors * sizeof(Pairs));
     const int64_t count = blocks(a_.weight.in), stretches = (count + fit - 1) / fit;
     const int64_t stretch = (count + stretches - 1) / stretches;
     Vec kept[kMostGroup * most];
