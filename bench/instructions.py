@@ -84,7 +84,7 @@ WORKS = (
     Work("matmul", rows=1, outputs=8),
     Work("matmul", rows=1, outputs=8, dq=True),
     Work("matmul", rows=1, outputs=8, zero=True),
-    Work("matmul", rows=8, outputs=8),
+    Work("matmul", rows=8, outputs=16),
     Work("matmul_t", rows=1, outputs=8),
     Work("matmul_t", rows=8, columns=256, outputs=8),
     Work("dequantize"),

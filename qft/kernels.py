@@ -46,6 +46,15 @@ PANEL_OUTPUTS = 256
 PAIR_TABLE_ROWS = 16
 
 
+def slow_products(instruction_sets: tuple[str, ...]) -> tuple[torch.dtype, ...]:
+    """What torch.mm multiplies far slower than fp32 on a CPU: fp16 up to a hundred times, and bf16 forty times where
+    there is AVX2 and no AVX-512 (timed with torch held to AVX2)."""
+    return (torch.float16, torch.bfloat16) if instruction_sets[-1] == "avx2" else (torch.float16,)
+
+
+SLOW_PRODUCTS = slow_products(native.instruction_sets())
+
+
 @dataclass(frozen=True)
 class Problem:
     """What a kernel is asked: one verb on one weight."""
@@ -458,10 +467,8 @@ def _panels(total: int, bytes_each: int, multiple: int, device: str) -> list[tup
 
 
 def product_dtype(dtype: torch.dtype, device: str = "cpu") -> torch.dtype:
-    """Dtype for dense products of `dtype`: on a CPU torch.mm multiplies fp16 up to a hundred times slower than fp32,
-    and bf16 forty times where there is AVX2 and no AVX-512 (timed with torch held to AVX2)."""
-    slow = dtype == torch.float16 or (dtype == torch.bfloat16 and native.instruction_sets()[-1] == "avx2")
-    return torch.float32 if slow and device == "cpu" else dtype
+    """Dtype for dense products of `dtype`: fp32 on a CPU where torch.mm is slow."""
+    return torch.float32 if device == "cpu" and dtype in SLOW_PRODUCTS else dtype
 
 
 def _row_chunks(rows: int, width: int) -> list[tuple[int, int]]:

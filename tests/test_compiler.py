@@ -374,7 +374,7 @@ def test_without_a_compiler_the_generic_kernel_runs_and_says_so_once(cache, monk
         q = qft.quantize(weight, f"{code} g64")
         x, dy = torch.randn(300, 100), torch.randn(300, 33)
         outputs = [kernels.matmul(x, q), kernels.matmul_t(dy, q), kernels.scale_grad(dy, x, q), q.dequantize()]
-        few = products(q, None)
+        few = products(q, "generic")
         again = qft.quantize(weight, f"{code} g32 f16")
         assert qft.explain(again.format, 64, 64)["dequantize"].kernel.name == "generic"
     (message,) = caplog.messages

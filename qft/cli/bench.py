@@ -81,7 +81,7 @@ def _head(found: dict[str, Any], quick: bool) -> str:
 
 def _table(found: dict[str, Any]) -> Any:
     table = new_table("", "kernel", "ms", "spread", "MB", "GB/s", "dense", "of roofline")
-    table.collapse_padding = True  # 80 columns hold it
+    table.collapse_padding, table.pad_edge = True, False  # 80 columns hold it
     shown = None
     for row in found["rows"]:
         if row["task"] != shown:
@@ -92,10 +92,10 @@ def _table(found: dict[str, Any]) -> Any:
             row["kernel"],
             f"{1e3 * row['median_s']:.3g}",
             f"{100 * (row['max_s'] - row['min_s']) / row['median_s']:.0f} %",
-            f"{(row['read_bytes'] + row['written_bytes']) / 1e6:.3g}",
+            f"{(row['read_bytes'] + row['written_bytes']) / 1e6:.1f}",
             f"{row['bytes_per_s'] / 1e9:.3g}",
             "" if row["dense_over_this"] is None else f"{row['dense_over_this']:.3g}x",
-            f"{row['percent_of_roofline']:.0f} % {row['bound_by']}",
+            f"{row['percent_of_roofline']:.0f} % {row['bound_by'][:6]}",
         )
         shown = row["task"]
     return table

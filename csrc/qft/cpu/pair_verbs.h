@@ -11,7 +11,7 @@ namespace qft::QFT_ISA {
 
 // Up to so many rows, lanes run along W's rows. Measured on one core of a Zen 5, 4096 x 4096 and 4096 x 14336, nf4 g64.
 constexpr int64_t kFewRows = 16;
-constexpr int64_t kFewRowsT = 5;
+constexpr int64_t kFewRowsT = 7;
 
 template <class F>
 static void matmul_with_pairs(const MatmulArgs& a) {
