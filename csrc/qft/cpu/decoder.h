@@ -68,8 +68,14 @@ struct Decoder {
     const uint8_t* p = row + b * block_bytes;
     const int64_t left = w.row_bytes - b * block_bytes;
     if (left >= block_bytes) return p;
-    for (int64_t i = 0; i < block_bytes; i++) copy[i] = i < left ? p[i] : 0;
+    copy_cut(p, left, copy);
     return copy;
+  }
+
+ private:
+  // once a row at most, so it is kept out of the loops
+  static __attribute__((noinline, cold)) void copy_cut(const uint8_t* p, int64_t left, uint8_t* copy) {
+    for (int64_t i = 0; i < block_bytes; i++) copy[i] = i < left ? p[i] : 0;
   }
 };
 

@@ -55,8 +55,9 @@ static void scale_grad(const ScaleGradArgs& a) {
 #pragma omp for schedule(static)
     for (int64_t o = a.row0; o < a.row1; o++) {
       const int64_t at = (o - a.row0) * w.in;
-      GroupSums<F> row{decoder, grouping, decoder.row(o), zeros.row(o, 0, blocks(w.in), zero_row.data),
-                       a.ds + (o - a.row0) * w.groups};
+      const float* zero_points = nullptr;
+      if constexpr (F::kind == Levels::integer) zero_points = zeros.row(o, 0, blocks(w.in), zero_row.data);
+      GroupSums<F> row{decoder, grouping, decoder.row(o), zero_points, a.ds + (o - a.row0) * w.groups};
       for (int64_t b = 0; b < whole; b++)
         row.add(b, 8, [&](int i) { return load_as(a.dw, at + b * kBlock + 16 * i, a.dtype); });
       if (columns) {
