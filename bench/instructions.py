@@ -173,10 +173,15 @@ def budgets(counts: Iterable[Count], loops: dict[str, list[Loop]], by: str) -> s
     for isa in TRAPPED:
         numbers = sorted(most(loops.get(isa, [])).items())
         parts += [f"[loops.{isa}]", *(f'"{name}" = {math.floor(ALLOWANCE * number)}' for name, number in numbers)]
-    parts += ["", "# Vectors that those loops move to or from the stack, at a turn; a loop not named here moves none."]
-    for isa in TRAPPED:
-        numbers = sorted(most(loops.get(isa, []), "stack").items())
-        parts += [f"[stack.{isa}]", *(f'"{name}" = {number}' for name, number in numbers if number)]
+    said = {
+        "stack": "# Vectors that those loops move to or from the stack, at a turn; a loop not named here moves none.",
+        "calls": "# Calls in those loops, for what comes once a row: a last block cut short. Others hold none.",
+    }
+    for kind, comment in said.items():
+        parts += ["", comment]
+        for isa in TRAPPED:
+            numbers = sorted(most(loops.get(isa, []), kind).items())
+            parts += [f"[{kind}.{isa}]", *(f'"{name}" = {number}' for name, number in numbers if number)]
     parts += ["", "# Instructions per code."]
     tables: dict[str, dict[str, list[str]]] = {}
     for one in counts:

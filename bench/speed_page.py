@@ -21,8 +21,6 @@ HOW_TO_READ = """\
   `_weight_int4pack_mm_for_cpu`; neither of the two can train.
 - "of roofline": the least time the machine allows (stored bytes at the measured read and write bandwidth, or operations
   at the measured speed of a dense product, whichever takes longer) over the time taken, and which of the two it is.
-  Bandwidth is measured in pages of 4 KiB; what lies in pages of 2 MiB, as codes of qft do where memory is fresh and the
-  system allows it, may be read faster than that.
 - A target is met or missed by the medians as they are, without rounding and without allowance for noise; a row of the
   table is met where all its targets are."""
 GGML = "ggml", "M=1, qft's nf4, int4, nf3 and nf2 in tokens per second against ggml's Q4_0, IQ4_NL, Q3_K and Q2_K"

@@ -65,8 +65,9 @@ def test_no_verb_takes_more_instructions_than_its_budget(program, isa):
     assert over(counts) == set(), (
         "a reason for more goes into the commit, with what bench/instructions.py --budgets says"
     )
-    # scratch is asked for once a call, and nothing else of the C library is needed
-    assert [one for one in counts if one.kinds and abs(one.kinds["libraries"]) > 0.01] == []
+    # scratch is asked for once a call, and nothing else of the C library is needed; two instructions a row of 128 codes
+    # are OpenMP's
+    assert [one for one in counts if one.kinds and abs(one.kinds["libraries"]) > 0.02] == []
 
 
 @pytest.mark.slow
@@ -74,12 +75,12 @@ def test_no_verb_takes_more_instructions_than_its_budget(program, isa):
 def test_the_loops_that_decode_neither_spill_nor_call(program, isa):
     check(counters.require, "objdump")
     loops = list(decoding_loops(disassemble(program(isa)), isa))
-    counted, budgets, moves = bench.most(loops), BUDGETS["loops"][isa], BUDGETS["stack"][isa]
+    counted, budgets = bench.most(loops), BUDGETS["loops"][isa]
     assert counted.keys() == budgets.keys(), "run bench/instructions.py --budgets and look at what changed"
     assert {name: number for name, number in counted.items() if number > budgets[name]} == {}
-    stack = bench.most(loops, "stack")
-    assert {name: number for name, number in stack.items() if number > moves.get(name, 0)} == {}
-    assert {name for name, number in bench.most(loops, "calls").items() if number} == set()
+    for kind in ("stack", "calls"):
+        found, allowed = bench.most(loops, kind), BUDGETS[kind][isa]
+        assert {name: number for name, number in found.items() if number > allowed.get(name, 0)} == {}, kind
 
 
 @pytest.mark.slow
@@ -194,6 +195,7 @@ def test_budgets_read_back_with_five_per_cent_added():
         "compiler": "gcc 12",
         "loops": {"avx512": {"matmul<nf4>, 1 products": 3}, "avx512_bf16": {}},
         "stack": {"avx512": {}, "avx512_bf16": {}},
+        "calls": {"avx512": {}, "avx512_bf16": {}},
         "avx2": {"matmul M=1": {"nf4": 1.05}, "matmul M=1 zero": {"int4": 129.2}},
         "avx512": {"matmul M=1": {"nf4": 0.2625}},
     }

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .. import native
+
 FLAGS = re.compile(r"avx2|f16c|fma|avx512\w*|avx_vnni|amx\w*")
 UNKNOWN_CACHE = 64 << 20  # bytes assumed where the system does not say
 CPUS = Path("/sys/devices/system/cpu")
@@ -80,11 +82,12 @@ def limits(rounds: int) -> dict[str, float]:
     """What the machine does at best with torch's threads, each the fastest of `rounds` calls.
 
     Returns:
-        read, write, copy: bytes per second of buffers of eight times the last-level cache; copy counts both directions.
+        read, write, copy: bytes per second of buffers of eight times the last-level cache, in large pages where the
+            system has them; copy counts both directions.
         bf16, f32: operations per second of a dense product, 2048 x 4096 times 4096 x 4096; multiply and add are two.
     """
-    source = torch.ones(8 * last_level_cache() // 4)
-    target, row = torch.empty_like(source), torch.ones(4096)
+    floats = partial(native.empty, 8 * last_level_cache() // 4, dtype=torch.float32, device=torch.device("cpu"))
+    source, target, row = floats().fill_(1), floats(), torch.ones(4096)
     matrix = source[: source.numel() // 4096 * 4096].view(-1, 4096)
     readers = (source.sum, lambda: torch.mv(matrix, row), lambda: torch.dot(source, source))
     found = {
