@@ -3,6 +3,7 @@
 #pragma once
 
 #include "qft/cpu/arrays.h"
+#include "qft/cpu/byte_levels.h"
 #include "qft/decode.h"
 
 namespace qft::QFT_ISA {

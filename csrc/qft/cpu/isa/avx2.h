@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "qft/cpu/byte_levels.h"
 #include "qft/cpu/numbers.h"
 #include "qft/decode.h"
 
@@ -180,16 +181,8 @@ struct Table {
   }
 };
 
-// Levels for products, from bytes where that takes fewer instructions than lane by lane: of codes of 4 bits and more.
-template <Levels kind, int bits>
-struct ByteLevels {
-  static constexpr bool used = false;
-  static constexpr float unit = 1;
-  static constexpr int column(int v, int l) { return code_at(v, l); }
-  ByteLevels(const float*, bool) {}
-};
-
-// Of 32 codes at a time, vpshufb looks up the first bytes of their levels, the second ones ..., which unpacking puts
+// From bytes, where that takes fewer instructions than lane by lane: codes of 4 bits and more. Of 32 codes at a time,
+// vpshufb looks up the first bytes of their levels, the second ones ..., which unpacking puts
 // together. Four lanes hold codes of one 32.
 template <>
 struct ByteLevels<Levels::codebook, 4> {

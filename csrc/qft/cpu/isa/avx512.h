@@ -121,15 +121,6 @@ struct Table {
   }
 };
 
-// Levels for products by a way of the instruction set's own, better than the decoder's: none here.
-template <Levels, int>
-struct ByteLevels {
-  static constexpr bool used = false;
-  static constexpr float unit = 1;
-  static constexpr int column(int v, int l) { return code_at(v, l); }
-  ByteLevels(const float*, bool) {}
-};
-
 struct LaneScales {
   Codes from;
   __mmask8 read;
